@@ -1,0 +1,32 @@
+"""Mixture-of-Experts for PyTorch, made ordinary."""
+
+from fastmoe import kernels, routers
+from fastmoe.convert import moefy
+from fastmoe.kernels import backends
+from fastmoe.layer import MoE
+from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, stats
+from fastmoe.monitor import LayerStats
+from fastmoe.parameters import Summary, summary
+from fastmoe.routers import Router, Routing, register_router
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuxLoss",
+    "AuxLosses",
+    "LayerStats",
+    "MoE",
+    "Router",
+    "Routing",
+    "Summary",
+    "backends",
+    "collect_aux_losses",
+    "kernels",
+    "moe_layers",
+    "moefy",
+    "register_router",
+    "routers",
+    "set_aux_loss_scale",
+    "stats",
+    "summary",
+]

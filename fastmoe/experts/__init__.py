@@ -1,0 +1,17 @@
+"""Experts: rows grouped by expert in, rows out. They know nothing of routing."""
+
+from fastmoe.experts.mlp import ActivationLike, MLPExperts, check_activation, check_dropout
+from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts, reset_where_possible
+from fastmoe.experts.shared import SharedExpert
+
+__all__ = [
+    "ActivationLike",
+    "ExpertLike",
+    "MLPExperts",
+    "ModuleExperts",
+    "SharedExpert",
+    "build_experts",
+    "check_activation",
+    "check_dropout",
+    "reset_where_possible",
+]

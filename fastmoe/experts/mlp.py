@@ -1,0 +1,134 @@
+"""Built-in experts: two stacked matrices with an activation between, plain or gated."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoe import kernels
+from fastmoe._errors import check_int
+from fastmoe.kernels import Plan
+
+ActivationLike = str | Callable[[Tensor], Tensor]
+
+
+class MLPExperts(nn.Module):
+    """E experts `w2 act(w1 x + b1) + b2`; gated: `w2 (act(g) * u) + b2` with `[g; u] = w1 x + b1`.
+
+    Args:
+        num_experts, d_model, d_hidden: E, D, H.
+        activation: relu, gelu, gelu_tanh, silu; gated: swiglu, geglu, geglu_tanh, reglu; or a callable `(rows, H) ->
+            (rows, H)`. A module given as activation is shared by all experts, and its parameters belong to this module.
+        bias: whether `b1` and `b2` are there.
+        dropout: probability, on the hidden activations, in training.
+
+    Parameters:
+        w1 `(E, H, D)`, gated `(E, 2H, D)`, gate half first; b1 `(E, H)`, gated `(E, 2H)`; w2 `(E, D, H)`; b2 `(E, D)`.
+        Each expert starts as two `nn.Linear` would: uniform within 1/sqrt(fan_in).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_hidden: int,
+        *,
+        activation: ActivationLike = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.d_model = num_experts, d_model
+        self.d_hidden = check_int("d_hidden", d_hidden, 1)
+        self.activation = check_activation(activation)
+        self.dropout = check_dropout(dropout)
+        self.backend = kernels.check_backend(backend)
+        width = d_hidden * (1 + is_gated(activation))
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.w1 = empty(num_experts, width, d_model)
+        self.w2 = empty(num_experts, d_model, d_hidden)
+        self.b1 = empty(num_experts, width) if bias else None
+        self.b2 = empty(num_experts, d_model) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise each expert as `nn.Linear` does."""
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+            bound = 1 / math.sqrt(weight.shape[-1])
+            weight.uniform_(-bound, bound)
+            if bias is not None:
+                bias.uniform_(-bound, bound)
+
+    @property
+    def fused(self) -> bool:
+        """Whether `routed` computes what `forward` computes, in one kernel call."""
+        return isinstance(self.activation, str) and not (self.training and self.dropout)
+
+    def routed(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
+        """Gather, compute and combine at once: `(T, D)`. Only where `fused`."""
+        assert isinstance(self.activation, str)
+        return kernels.expert_mlp(
+            x_TD,
+            token_ids_N,
+            weights_N,
+            plan,
+            self.w1,
+            self.b1,
+            self.w2,
+            self.b2,
+            activation=self.activation,
+            rows_per_token=rows_per_token,
+            backend=self.backend,
+        )
+
+    def forward(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
+        """Rows sorted by expert in, rows out, `(N, D)`; rows past the last offset give zeros."""
+        pre_NH = kernels.grouped_mm(rows_ND, self.w1, offsets_E, self.b1, backend=self.backend)
+        if isinstance(self.activation, str):
+            hidden_NH = kernels.activate(self.activation, pre_NH)
+        else:
+            hidden_NH = self.activation(pre_NH)
+        hidden_NH = F.dropout(hidden_NH, self.dropout, self.training)
+        return kernels.grouped_mm(hidden_NH, self.w2, offsets_E, self.b2, backend=self.backend)
+
+    def parameters_per_expert(self) -> list[int]:
+        """How many parameters each expert has."""
+        stacked = [p for p in (self.w1, self.b1, self.w2, self.b2) if p is not None]
+        return [sum(p[0].numel() for p in stacked)] * self.num_experts
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, d_model={self.d_model}, d_hidden={self.d_hidden}, "
+            f"activation={self.activation if isinstance(self.activation, str) else 'custom'}, "
+            f"bias={self.b1 is not None}, dropout={self.dropout}"
+        )
+
+
+def is_gated(activation: ActivationLike) -> bool:
+    """Whether the first matrix has a gate half."""
+    return isinstance(activation, str) and kernels.get_activation(activation).gated
+
+
+def check_activation(activation: ActivationLike) -> ActivationLike:
+    """`activation` if it is a known name or a callable, else a `ValueError`."""
+    if isinstance(activation, str):
+        kernels.get_activation(activation)
+    elif not callable(activation):
+        raise ValueError(f"activation must be a name or a callable, got {activation!r}")
+    return activation
+
+
+def check_dropout(dropout: float) -> float:
+    """`dropout` if it is a probability, else a `ValueError`."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
+    return float(dropout)

@@ -1,0 +1,116 @@
+"""Any `nn.Module` as an expert, also modules of different kinds side by side."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ExpertLike = nn.Module | Callable[[], nn.Module] | Sequence[nn.Module | Callable[[], nn.Module]]
+
+
+class ModuleExperts(nn.Module):
+    """Experts that are modules of their own; expert e is `modules_list[e]`, called with the rows it was sent.
+
+    Args:
+        modules: E modules, each `(rows, d_model) -> (rows, d_out)`, with one d_out for all.
+    """
+
+    fused = False
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.modules_list = nn.ModuleList(modules)
+
+    def reset_parameters(self) -> None:
+        """Initialise every expert anew where it can: each part that has `reset_parameters`."""
+        reset_where_possible(self.modules_list)
+
+    def forward(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
+        """Rows sorted by expert in, rows out, `(N, d_out)`; rows past the last offset give zeros.
+
+        Raises:
+            ValueError: an expert returns another number of rows, or another width than the others.
+        """
+        outputs: list[Tensor] = []
+        unused: list[nn.Parameter] = []
+        start = 0
+        for e, end in enumerate(offsets_E.tolist()):
+            if end > start:
+                outputs.append(self._call(e, rows_ND[start:end], outputs))
+            else:
+                unused += [p for p in self.modules_list[e].parameters() if p.requires_grad]
+            start = end
+        if not outputs:
+            outputs.append(self.modules_list[0](rows_ND[:0]))
+        rows_NO = F.pad(torch.cat(outputs), (0, 0, 0, len(rows_ND) - start))
+        return _ZeroGrad.apply(rows_NO, *unused)
+
+    def _call(self, e: int, rows_RD: Tensor, before: list[Tensor]) -> Tensor:
+        rows_RO = self.modules_list[e](rows_RD)
+        if not isinstance(rows_RO, Tensor) or rows_RO.dim() != 2 or len(rows_RO) != len(rows_RD):
+            got = tuple(rows_RO.shape) if isinstance(rows_RO, Tensor) else type(rows_RO).__name__
+            raise ValueError(
+                f"expert {e} was given {tuple(rows_RD.shape)} and must return ({len(rows_RD)}, d_out), got {got}"
+            )
+        if before and rows_RO.shape[1] != before[0].shape[1]:
+            raise ValueError(
+                f"all experts must return the same width: expert {e} returned {rows_RO.shape[1]}, "
+                f"one before it {before[0].shape[1]}"
+            )
+        return rows_RO
+
+    def parameters_per_expert(self) -> list[int]:
+        """How many parameters each expert has."""
+        return [sum(p.numel() for p in module.parameters()) for module in self.modules_list]
+
+
+class _ZeroGrad(torch.autograd.Function):
+    """The identity on rows, with zero as the gradient of each parameter: an unused expert has zeros, not None.
+
+    An optimizer or a gradient all-reduce then sees the same parameters in every process and every step.
+    """
+
+    @staticmethod
+    def forward(ctx, rows_NO: Tensor, *params: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*params)
+        return rows_NO.view_as(rows_NO)
+
+    @staticmethod
+    def backward(ctx, grad_NO: Tensor):  # type: ignore[no-untyped-def]
+        return grad_NO, *(torch.zeros_like(param) for param in ctx.saved_tensors)
+
+
+def build_experts(expert: ExpertLike, num_experts: int) -> list[nn.Module]:
+    """The E modules that `fastmoe.MoE(expert=...)` stands for.
+
+    A module is deep-copied E times, and each copy re-initialised where it can; a callable is called E times; a list
+    gives each expert, as a module (used as it is) or a callable (called once).
+    """
+    if isinstance(expert, nn.Module):
+        copies = [copy.deepcopy(expert) for _ in range(num_experts)]
+        for module in copies:
+            reset_where_possible(module)
+        return copies
+    if isinstance(expert, Sequence) and not isinstance(expert, str):
+        if len(expert) != num_experts:
+            raise ValueError(f"expert must list one module for each of {num_experts} experts, got {len(expert)}")
+        return [_one(entry) for entry in expert]
+    return [_one(expert) for _ in range(num_experts)]
+
+
+def _one(entry: object) -> nn.Module:
+    if isinstance(entry, nn.Module):
+        return entry
+    module = entry() if callable(entry) else entry
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"an expert must be an nn.Module, or a callable that returns one; got {module!r}")
+    return module
+
+
+def reset_where_possible(module: nn.Module) -> None:
+    """Call `reset_parameters` of every part that has one."""
+    for part in module.modules():
+        if callable(reset := getattr(part, "reset_parameters", None)):
+            reset()

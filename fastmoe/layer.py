@@ -1,0 +1,254 @@
+"""`MoE`: the only place where router, dispatcher, experts and kernels meet."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmoe import kernels
+from fastmoe._errors import check_int, unknown_name
+from fastmoe.dispatch import LocalDispatcher
+from fastmoe.experts import (
+    ActivationLike,
+    ExpertLike,
+    MLPExperts,
+    ModuleExperts,
+    SharedExpert,
+    build_experts,
+    reset_where_possible,
+)
+from fastmoe.monitor import LayerStats, mean_entropy
+from fastmoe.routers import Router, Routing, check_routing, get_router
+
+RouterLike = str | nn.Module | Callable[[int, int, int], nn.Module]
+
+
+class LossSink(Protocol):
+    """Takes a layer's balance losses in the layer's stead; see `fastmoe.collect_aux_losses`."""
+
+    def receive(self, layer: "MoE", losses: dict[str, Tensor]) -> None: ...
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: a router sends each token to K of E experts and sums what they return.
+
+    `y = sum over the chosen experts e of weight_e(x) * expert_e(x)`, plus the shared expert where there is one. Every
+    routed row is computed: there is no capacity and no padding. In training the router's balance losses are attached
+    to the output's autograd graph: their gradient flows, the output's value is untouched, user code does nothing.
+
+    Args:
+        d_model: D, width of the tokens.
+        num_experts: E.
+        top_k: K, experts chosen per token.
+        d_hidden: H, hidden width of each built-in expert; 4 * d_model if None.
+        activation: relu, gelu, gelu_tanh, silu; gated: swiglu, geglu, geglu_tanh, reglu; or any callable.
+        bias: whether built-in experts have biases.
+        dropout: probability, on the hidden activations of built-in experts, in training.
+        expert: experts of one's own, each `(rows, d_model) -> (rows, d_out)`. A callable without arguments, called E
+            times; or one module, deep-copied E times and re-initialised where it can; or a list of E modules or
+            callables, which may differ in kind.
+        router: a name in `fastmoe.routers.ROUTERS`; or a module `x_TD -> fastmoe.Routing`; or a callable
+            `(d_model, num_experts, top_k) -> module`.
+        router_options: keyword arguments for a router given by name.
+        shared_d_hidden: hidden width of an expert that every token goes through; 0 for none.
+        backend: "auto", or a name in `fastmoe.backends()`.
+        check: debug mode: look at the router's numbers in every pass and raise on ids out of range, NaN or infinity.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument that does not fit; the message says what was expected and what came.
+
+    Example:
+        >>> layer = MoE(d_model=512, num_experts=64, top_k=2, d_hidden=1024)
+        >>> layer(torch.randn(4, 128, 512)).shape
+        torch.Size([4, 128, 512])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        d_hidden: int | None = None,
+        activation: ActivationLike = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        expert: ExpertLike | None = None,
+        router: RouterLike = "topk",
+        router_options: dict[str, Any] | None = None,
+        shared_d_hidden: int = 0,
+        backend: str = "auto",
+        check: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model = check_int("d_model", d_model, 1)
+        self.num_experts = check_int("num_experts", num_experts, 1)
+        self.top_k = check_int("top_k", top_k, 1)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts, got top_k={top_k} of {num_experts} experts")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating type, got {dtype}")
+        self.backend, self.check = kernels.check_backend(backend), check
+        self.dispatcher = LocalDispatcher(backend)
+        self.aux_loss_scale: float | Tensor = 1.0
+        self.last_stats: LayerStats | None = None
+        self.loss_sink: LossSink | None = None
+        mlp: dict[str, Any] = {"activation": activation, "bias": bias, "dropout": dropout}
+        with _on(device):
+            self.router = _build_router(router, router_options, d_model, num_experts, top_k).to(device, dtype)
+            self.experts: MLPExperts | ModuleExperts
+            if expert is None:
+                hidden = 4 * d_model if d_hidden is None else d_hidden
+                self.experts = MLPExperts(num_experts, d_model, hidden, **mlp, backend=backend, dtype=dtype)
+            else:
+                if d_hidden is not None or dropout:
+                    raise ValueError(
+                        "d_hidden and dropout are for built-in experts: leave them out where expert= is given"
+                    )
+                self.experts = ModuleExperts(build_experts(expert, num_experts)).to(device, dtype)
+            self.shared: SharedExpert | None = None
+            if check_int("shared_d_hidden", shared_d_hidden, 0):
+                self.shared = SharedExpert(d_model, shared_d_hidden, **mlp).to(dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialise router, experts and shared expert anew, as after construction."""
+        reset_where_possible(self.router)
+        self.experts.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Route, compute and sum.
+
+        Args:
+            x: `(..., d_model)`, floating; leading dimensions are free, and may be empty.
+            token_mask: bool, shaped like `x` without its last dimension. A False token is not routed, gets zeros, and
+                counts in no loss and no statistic.
+
+        Returns:
+            `(..., d_model)` in the dtype of `x` (under autocast, in the autocast dtype); `(..., d_out)` with experts
+            of one's own.
+
+        Raises:
+            ValueError: wrong width, dtype or mask; a router whose answer does not fit.
+        """
+        x_TD, mask_T = self._flatten(x, token_mask)
+        if mask_T is not None:
+            x_TD = torch.where(mask_T.unsqueeze(1), x_TD, 0)
+        routing, entropy = self._route(x_TD, mask_T)
+        plan = kernels.plan(routing.expert_ids_N, self.num_experts, backend=self.backend)
+        weights_N = self._hand_over_losses(routing)
+        y_TO = self._compute(x_TD, routing, weights_N, plan)
+        if self.shared is not None:
+            shared_TO = self.shared(x_TD)
+            y_TO = y_TO + (shared_TO if mask_T is None else torch.where(mask_T.unsqueeze(1), shared_TO, 0))
+        losses = {name: loss.detach() for name, loss in routing.losses.items()}
+        self.last_stats = LayerStats(plan.offsets_E, routing.dropped, losses, entropy)
+        return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+
+    def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must be (..., {self.d_model}), got {tuple(x.shape)}")
+        if token_mask is None:
+            return x.reshape(-1, self.d_model), None
+        if token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_mask must be bool {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
+            )
+        return x.reshape(-1, self.d_model), token_mask.reshape(-1)
+
+    def _route(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Routing, Tensor | None]:
+        """The router's checked answer for all T tokens, and the mean entropy of its scores."""
+        if mask_T is None:
+            routing = self._checked(self.router(x_TD), len(x_TD))
+        elif getattr(self.router, "takes_token_mask", False):
+            routing = self._checked(self.router(x_TD, mask_T), len(x_TD))
+            routed_N = mask_T[routing.token_ids_N]
+            routing = dataclasses.replace(routing, expert_ids_N=torch.where(routed_N, routing.expert_ids_N, -1))
+        else:
+            kept_T = mask_T.nonzero().flatten()
+            compact = self._checked(self.router(x_TD[kept_T]), len(kept_T))
+            token_ids_N = kept_T[compact.token_ids_N]
+            routing = dataclasses.replace(compact, token_ids_N=token_ids_N, num_tokens=len(x_TD), rows_per_token=0)
+            mask_T = None
+        return routing, None if routing.scores_TE is None else mean_entropy(routing.scores_TE, mask_T)
+
+    def _checked(self, routing: Routing, num_tokens: int) -> Routing:
+        check_routing(routing, num_tokens, self.num_experts, check_ids=self.check, check_finite=self.check)
+        return routing
+
+    def _compute(self, x_TD: Tensor, routing: Routing, weights_N: Tensor, plan: kernels.Plan) -> Tensor:
+        experts = self.experts
+        if isinstance(experts, MLPExperts) and experts.fused:
+            return experts.routed(x_TD, routing.token_ids_N, weights_N, plan, routing.rows_per_token)
+        sent = self.dispatcher.dispatch(x_TD, routing.token_ids_N, weights_N, plan)
+        return self.dispatcher.combine(experts(sent.rows_RD, sent.offsets_e), sent)
+
+    def _hand_over_losses(self, routing: Routing) -> Tensor:
+        """The routing weights, with the balance losses attached unless a sink takes them."""
+        if self.loss_sink is not None:
+            self.loss_sink.receive(self, dict(routing.losses))
+        elif self.training and routing.losses:
+            return _AttachLoss.apply(routing.weights_N, sum(routing.losses.values()), self.aux_loss_scale)
+        return routing.weights_N
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last_stats": None, "loss_sink": None}
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, backend={self.backend!r}"
+
+
+class _AttachLoss(torch.autograd.Function):
+    """The identity on the routing weights; in backward the loss gets the gradient `scale`.
+
+    The weights are on the way of every gradient from the output, so the loss is differentiated exactly once whenever
+    the output is, also when the forward pass is recomputed. Nothing is saved, so that recomputing a pass with the
+    losses attached matches a pass that handed them over.
+    """
+
+    @staticmethod
+    def forward(ctx, weights_N: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.loss_like, ctx.scale = (loss.dtype, loss.device), scale
+        return weights_N.view_as(weights_N)
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor):  # type: ignore[no-untyped-def]
+        dtype, device = ctx.loss_like
+        return grad_N, torch.ones((), dtype=dtype, device=device) * ctx.scale, None
+
+
+def _on(device: torch.device | str | None) -> AbstractContextManager[object]:
+    return nullcontext() if device is None else torch.device(device)
+
+
+def _build_router(
+    router: RouterLike, options: dict[str, Any] | None, d_model: int, num_experts: int, top_k: int
+) -> nn.Module:
+    if options and not isinstance(router, str):
+        raise ValueError("router_options are for a router given by name; give yours its options itself")
+    if isinstance(router, str):
+        cls = get_router(router)
+        known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        for option in options or {}:
+            if option not in known:
+                raise unknown_name(f"option of router {router!r}", option, known)
+        return cls(d_model, num_experts, top_k, **(options or {}))
+    module = router if isinstance(router, nn.Module) else router(d_model, num_experts, top_k)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"router must be a name, a module or a callable that returns a module, got {module!r}")
+    if isinstance(module, Router) and (module.d_model, module.num_experts) != (d_model, num_experts):
+        raise ValueError(
+            f"the layer has d_model={d_model} and {num_experts} experts, "
+            f"its router d_model={module.d_model} and {module.num_experts}"
+        )
+    return module

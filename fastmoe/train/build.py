@@ -1,0 +1,81 @@
+"""The model, its optimizer and its arithmetic, from a `TrainConfig`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+import fastmoe
+from fastmoe.models import GPT, GPTConfig
+from fastmoe.train.config import Kind, OptimConfig, TrainConfig
+
+BIASES = {"bias", "b1", "b2"}
+
+
+def build_model(config: TrainConfig, kind: Kind) -> GPT:
+    """A GPT; dense and MoE differ in their feed-forward blocks alone, and start from equal weights elsewhere."""
+    torch.manual_seed(config.run.seed)
+    shape = config.model
+    model = GPT(
+        GPTConfig(
+            block_size=shape.block_size,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            d_model=shape.d_model,
+            d_hidden=shape.dense_hidden,
+            dropout=shape.dropout,
+            bias=shape.bias,
+        )
+    )
+    return make_moe(model, config) if kind == "moe" else model
+
+
+def make_moe(model: GPT, config: TrainConfig) -> GPT:
+    """Turn the feed-forward blocks into MoE layers and draw their weights as the GPT draws its own."""
+    moe = config.moe
+    dense_start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fastmoe.moefy(
+        model,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        init="random",
+        every=moe.every,
+        d_hidden=moe.expert_hidden or config.model.dense_hidden // moe.top_k,
+        router_options={"aux_loss_weight": moe.aux_loss_weight, "z_loss_weight": moe.z_loss_weight},
+    )
+    model.init_weights()
+    model.load_state_dict(dense_start, strict=False)
+    fastmoe.set_aux_loss_scale(model, 1 / config.optim.grad_accumulation)
+    return model
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay is for matrices, not for norms and biases, the experts' stacked (E, H) biases included."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and name.rpartition(".")[2] not in BIASES
+        (matrices if is_matrix else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+
+
+def learning_rate(step: int, optim: OptimConfig) -> float:
+    """Linear warm-up, then half a cosine from `lr` at its end down to `min_lr` at the last step (counted from 0)."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, optim.steps - 1 - optim.warmup_steps)
+    return optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16, or None for float32 throughout.
+
+    "auto" keeps a CPU in float32: at the sizes that one trains on a CPU it was the faster, docs/log.md has figures.
+    """
+    if precision == "auto":
+        helps = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if helps else None
+    return torch.bfloat16 if precision == "bfloat16" else None

@@ -1,0 +1,83 @@
+"""The command line of `fastmoe train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from fastmoe.train.config import TrainConfig
+from fastmoe.train.options import merge, preset, read_toml
+from fastmoe.train.run import run, set_up
+from fastmoe.train.world import open_world
+
+DESCRIPTION = """Train a byte-level GPT: dense, as a Mixture-of-Experts, or both side by side (--mode compare).
+
+Options come from a preset, then a TOML file over it, then flags over both. In the file, options stand in the sections
+[model], [moe], [data], [optim] and [run]; mode and preset stand above them. To train on two processes:
+
+    torchrun --nproc-per-node 2 -m fastmoe train ..."""
+
+
+@dataclass(frozen=True)
+class Command(TrainConfig):
+    preset: Literal["small", "demo"] = "small"
+    """Options to start from; demo compares the twins in a few minutes on 2 CPU cores."""
+    config: Path | None = None
+    """A TOML file with options."""
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The config that the arguments describe.
+
+    Raises:
+        ValueError: an unknown preset, or a TOML file that cannot be used.
+        SystemExit: arguments that cannot be used, or --help.
+    """
+    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources.add_argument("--preset")
+    sources.add_argument("--config", type=Path)
+    given, _ = sources.parse_known_args(arguments)
+    values = read_toml(given.config) if given.config else {}
+    name = given.preset or values.pop("preset", "small")
+    values.pop("preset", None)
+    base = merge(preset(name), values, str(given.config))
+    default = Command(preset=name, config=given.config, **vars(base))
+    command = tyro.cli(
+        Command,
+        prog="fastmoe train",
+        description=DESCRIPTION,
+        args=list(arguments),
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; 0: done, or stopped by a signal; 1: training went wrong; 2: it cannot be run as asked."""
+    with ExitStack() as stack:
+        try:
+            config = parse(arguments)
+            world = stack.enter_context(open_world(config.run.device))
+            console = Console(quiet=not world.is_main, highlight=False)
+            trainers = set_up(config, world, console)
+        except ValueError as error:
+            return fail(error, status=2)
+        try:
+            run(trainers, console)
+        except FloatingPointError as error:
+            return fail(error, status=1)
+    return 0
+
+
+def fail(error: Exception, status: int) -> int:
+    print(f"fastmoe train: {error}", file=sys.stderr)
+    return status

@@ -1,0 +1,144 @@
+"""`TrainConfig`: everything that a training run is told, in five typed sections.
+
+A field is a TOML key in its section's table and a flag of `fastmoe train` (`--data` for `path`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Kind = Literal["dense", "moe"]
+Mode = Literal["dense", "moe", "compare"]
+
+
+def check_at_least(minimum: float, **values: float) -> None:
+    """Raise a ValueError that names the first value below `minimum`."""
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    block_size: int = 256
+    """Positions that the model sees at once, in bytes."""
+    n_layer: int = 6
+    n_head: int = 6
+    d_model: int = 384
+    d_hidden: int | None = None
+    """Hidden width of a dense feed-forward block; None is 4 * d_model."""
+    dropout: float = 0.0
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(1, block_size=self.block_size, n_layer=self.n_layer, n_head=self.n_head, d_model=self.d_model)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+    @property
+    def dense_hidden(self) -> int:
+        return self.d_hidden or 4 * self.d_model
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    num_experts: int = 8
+    top_k: int = 2
+    expert_hidden: int | None = None
+    """Hidden width of one expert; None is the dense block's divided by top_k: equal FLOPs per token."""
+    aux_loss_weight: float = 0.01
+    """Weight of the load-balance loss."""
+    z_loss_weight: float = 0.0
+    every: int = 1
+    """Make an MoE of every n-th feed-forward block."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, num_experts=self.num_experts, top_k=self.top_k, every=self.every)
+        check_at_least(0, aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts={self.num_experts}; got {self.top_k}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: Annotated[Path | None, tyro.conf.arg(name="data", metavar="FILE")] = None
+    """A file to learn, plain, .gz or .zip; None is the source text of this Python's standard library."""
+    eval_sequences: int = 256
+    """Held-out sequences of block_size bytes in each evaluation, the same ones each time."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, eval_sequences=self.eval_sequences)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    steps: int = 5000
+    batch_size: int = 32
+    """Sequences per step, over all processes and micro-steps."""
+    grad_accumulation: int = 1
+    """Micro-steps per step; batch_size is divided among them."""
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    """Learning rate at the last step."""
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 is no clipping."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, steps=self.steps, batch_size=self.batch_size, grad_accumulation=self.grad_accumulation)
+        check_at_least(
+            0, lr=self.lr, min_lr=self.min_lr, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay
+        )
+        check_at_least(0, grad_clip=self.grad_clip)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: Path = Path("runs/train")
+    """Folder for checkpoints, TensorBoard logs, figures and results."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`; start anew where there is none."""
+    overwrite: bool = False
+    """Delete the checkpoints of an earlier run in `out`."""
+    seed: int = 1
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 is autocast; auto uses it on a GPU that has it."""
+    log_every: int = 10
+    eval_every: int = 250
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    sample_bytes: int = 400
+    """Length of the text sampled at the end."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least(1, log_every=self.log_every, eval_every=self.eval_every, keep_checkpoints=self.keep_checkpoints)
+        check_at_least(1, checkpoint_every=self.checkpoint_every)
+        check_at_least(0, sample_bytes=self.sample_bytes)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    mode: Mode = "moe"
+    """Train the dense model, the MoE, or both side by side on the same data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.moe.expert_hidden is None and self.model.dense_hidden % self.moe.top_k:
+            raise ValueError(
+                f"the dense hidden width {self.model.dense_hidden} does not divide by top_k={self.moe.top_k}; "
+                "give expert_hidden"
+            )

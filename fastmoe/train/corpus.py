@@ -1,0 +1,96 @@
+"""What a model learns: a file's bytes, or the source text of the running Python's standard library."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import platform
+import sysconfig
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
+STDLIB_LIMIT = 16_000_000
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes in three consecutive parts, each a uint8 tensor."""
+
+    name: str
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    sha256: str
+
+    def __str__(self) -> str:
+        sizes = " / ".join(f"{part.numel():,}" for part in (self.train, self.valid, self.test))
+        return f"{self.name}: {sizes} bytes to train / validate / test"
+
+
+def load_corpus(path: Path | None) -> Corpus:
+    """The file's bytes, split 90/5/5 percent (a file named enwik8: 90/5/5 million bytes).
+
+    Raises:
+        ValueError: no such file, one that cannot be unpacked, or an enwik8 of another size.
+    """
+    if path is None:
+        content = stdlib_source(Path(sysconfig.get_paths()["stdlib"]))
+        name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
+        sizes = percent_split(len(content))
+    else:
+        content, name = read_file(path), path.name
+        is_enwik8 = name in ("enwik8", "enwik8.gz", "enwik8.zip")
+        if is_enwik8 and len(content) != sum(ENWIK8_SPLIT):
+            raise ValueError(f"enwik8 has {sum(ENWIK8_SPLIT):,} bytes; {path} has {len(content):,}")
+        sizes = ENWIK8_SPLIT if is_enwik8 else percent_split(len(content))
+    if min(sizes) == 0:
+        raise ValueError(f"{name} is too short to split: {len(content)} bytes")
+    train, valid, test = torch.frombuffer(bytearray(content), dtype=torch.uint8).split(sizes)
+    return Corpus(name, train, valid, test, hashlib.sha256(content).hexdigest())
+
+
+def percent_split(size: int) -> tuple[int, int, int]:
+    held_out = size // 20
+    return size - 2 * held_out, held_out, held_out
+
+
+def read_file(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"no such data file: {path}")
+    try:
+        if path.suffix == ".gz":
+            return gzip.decompress(path.read_bytes())
+        return read_zip(path) if path.suffix == ".zip" else path.read_bytes()
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def read_zip(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        if len(names) != 1:
+            raise ValueError(f"{path} must hold exactly one file; it holds {len(names)}: {', '.join(names[:5])}")
+        return archive.read(names[0])
+
+
+def stdlib_source(root: Path) -> bytes:
+    """All modules under `root` in the order of their names, without tests and installed packages."""
+    texts: list[bytes] = []
+    size = 0
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        if NOT_STDLIB & set(path.relative_to(root).parts) or path.name.startswith("_sysconfigdata"):
+            continue
+        texts.append(path.read_bytes())
+        size += len(texts[-1])
+        if size > STDLIB_LIMIT:
+            break
+    if not texts:
+        raise ValueError(f"this Python has no standard library source in {root}; give a file with --data")
+    return b"".join(texts)[:STDLIB_LIMIT]

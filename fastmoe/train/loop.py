@@ -1,0 +1,86 @@
+"""The training loop: trainers take turns, one evaluation interval each."""
+
+from __future__ import annotations
+
+import signal
+import types
+from collections.abc import Callable, Iterable, Sequence
+
+from fastmoe.train.config import RunConfig
+from fastmoe.train.trainer import Trainer
+
+
+class Observer:
+    """Is told what happens in a run."""
+
+    def logged(self, trainer: Trainer) -> None:
+        """`log_every` steps were taken; their losses are in the history."""
+
+    def evaluated(self, trainer: Trainer) -> None:
+        """The history has a new evaluation."""
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one does what it always did."""
+
+    caught: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: types.FrameType | None) -> None:
+        self.caught = signal.Signals(number)
+        self.__exit__()
+
+    def __call__(self) -> bool:
+        return self.caught is not None
+
+
+def train(trainers: Sequence[Trainer], observers: Sequence[Observer], stop: Callable[[], bool]) -> bool:
+    """Train all to their last step. When `stop` says so on any process, save all and return False.
+
+    Trainers take turns, so that whatever else the machine does slows them alike.
+    """
+    for boundary in boundaries(trainers[0].config.optim.steps, trainers[0].config.run):
+        for trainer in trainers:
+            if not advance(trainer, boundary, observers, stop):
+                for each in trainers:
+                    each.save()
+                return False
+    return True
+
+
+def boundaries(steps: int, run: RunConfig) -> Iterable[int]:
+    yield from range(0, steps, run.eval_every)
+    yield steps
+
+
+def advance(trainer: Trainer, boundary: int, observers: Sequence[Observer], stop: Callable[[], bool]) -> bool:
+    """Step until `boundary` and evaluate there, unless that is done; False if stopped on the way."""
+    run = trainer.config.run
+    while trainer.step < boundary:
+        trainer.take_step()
+        if trainer.step % run.log_every == 0:
+            trainer.flush()
+            for observer in observers:
+                observer.logged(trainer)
+        if trainer.step == boundary:
+            evaluate(trainer, observers)
+        if trainer.step % run.checkpoint_every == 0 or trainer.step == trainer.config.optim.steps:
+            trainer.save()
+        if trainer.world.any(stop()):
+            return False
+    if not trainer.history.valid_steps:
+        evaluate(trainer, observers)
+    return True
+
+
+def evaluate(trainer: Trainer, observers: Sequence[Observer]) -> None:
+    trainer.evaluate()
+    for observer in observers:
+        observer.evaluated(trainer)

@@ -1,0 +1,87 @@
+"""One training run, from set-up to report."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.text import Text
+
+from fastmoe.train import checkpoint
+from fastmoe.train.config import Kind, TrainConfig
+from fastmoe.train.corpus import load_corpus
+from fastmoe.train.display import NAMES, ProgressDisplay, TensorBoard
+from fastmoe.train.loop import Observer, StopSignals, train
+from fastmoe.train.report import outcomes, sample_text, table, write_artefacts
+from fastmoe.train.trainer import Trainer
+from fastmoe.train.world import World
+
+
+def set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]:
+    """A trainer for each model, at the step where its newest checkpoint left it if the run is resumed.
+
+    Raises:
+        ValueError: the config does not fit its data, its checkpoints or the number of processes.
+    """
+    corpus = load_corpus(config.data.path)
+    console.print(str(corpus))
+    kinds: tuple[Kind, ...] = ("dense", "moe") if config.mode == "compare" else (config.mode,)
+    trainers = [Trainer(config, kind, corpus, world) for kind in kinds]
+    for trainer in trainers:
+        if config.run.resume:
+            resume(trainer, console)
+        else:
+            start_anew(trainer)
+    return trainers
+
+
+def run(trainers: list[Trainer], console: Console) -> None:
+    """Train, and report unless a signal stopped it."""
+    if train_watched(trainers, console):
+        report(trainers, console)
+
+
+def resume(trainer: Trainer, console: Console) -> None:
+    found = checkpoint.load_newest(trainer.folder)
+    if found is None:
+        console.print(f"{NAMES[trainer.kind]}: no checkpoint in {trainer.folder}, starting anew")
+        return
+    trainer.restore(*found)
+    console.print(f"{NAMES[trainer.kind]}: resumed from {found[0]}")
+
+
+def start_anew(trainer: Trainer) -> None:
+    earlier = checkpoint.checkpoints(trainer.folder)
+    if earlier and not trainer.config.run.overwrite:
+        raise ValueError(f"{earlier[0]} is of an earlier run: give --resume, --overwrite or another --out")
+    if trainer.world.is_main:
+        checkpoint.delete_all(trainer.folder)
+
+
+def train_watched(trainers: list[Trainer], console: Console) -> bool:
+    """Train to the end and return True, or until a signal comes and return False."""
+    config, world = trainers[0].config, trainers[0].world
+    with ExitStack() as stack:
+        observers: list[Observer] = []
+        if world.is_main:
+            observers.append(stack.enter_context(ProgressDisplay(console, trainers)))
+            if config.run.tensorboard:
+                observers.append(stack.enter_context(TensorBoard(trainers)))
+        finished = train(trainers, observers, stack.enter_context(StopSignals()))
+    if not finished:
+        steps = ", ".join(f"{NAMES[trainer.kind]} at step {trainer.step}" for trainer in trainers)
+        console.print(f"stopped by a signal; saved {steps} in {config.run.out}. Continue with --resume")
+    return finished
+
+
+def report(trainers: list[Trainer], console: Console) -> None:
+    results = outcomes(trainers)
+    if not trainers[0].world.is_main:
+        return
+    text = sample_text(trainers[-1], trainers[0].config.run.sample_bytes)
+    paths = write_artefacts(trainers, results, text)
+    console.print(table(results))
+    console.print(f"text sampled from the {NAMES[trainers[-1].kind]} model:")
+    console.print(Text(text), style="dim")
+    saved = [checkpoint.checkpoints(trainer.folder)[0] for trainer in trainers]
+    console.print("written: " + ", ".join(str(path) for path in [*saved, *paths]))

@@ -1,0 +1,176 @@
+"""`Trainer`: one model in training, with all that belongs to it."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastmoe
+from fastmoe.train import checkpoint
+from fastmoe.train.batches import Share, draw_batch, held_out, mix
+from fastmoe.train.build import autocast_dtype, build_model, build_optimizer, learning_rate
+from fastmoe.train.config import Kind, TrainConfig
+from fastmoe.train.corpus import Corpus
+from fastmoe.train.history import BITS, History
+from fastmoe.train.options import to_plain
+from fastmoe.train.world import World
+
+
+class Trainer:
+    """Takes steps, evaluates, saves and restores. What is random in a step depends on (seed, step, rank) alone."""
+
+    def __init__(self, config: TrainConfig, kind: Kind, corpus: Corpus, world: World) -> None:
+        self.config, self.kind, self.corpus, self.world = config, kind, corpus, world
+        self.folder = config.run.out / kind
+        self.model = build_model(config, kind).to(world.device)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.dtype = autocast_dtype(config.run.precision, world.device)
+        self.parallel: nn.Module = self.model
+        if world.group is not None:
+            self.parallel = DistributedDataParallel(self.model, process_group=world.group)
+        self.step = 0
+        self._check_data()
+        self.history = History()
+        self.grad_norm = torch.zeros(())
+        self.pending_losses: list[Tensor] = []
+
+    def _check_data(self) -> None:
+        """Draw once what training draws later, so that data too short or a batch that does not divide fails at once."""
+        self._draw_batch(0)
+        for part in (self.corpus.valid, self.corpus.test):
+            held_out(part, self.config.model.block_size, 1)
+
+    def take_step(self) -> None:
+        started = time.perf_counter()
+        run, optim = self.config.run, self.config.optim
+        torch.manual_seed(mix(run.seed, self.step, self.world.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, optim)
+        losses = [self._micro_step(i) for i in range(optim.grad_accumulation)]
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.pending_losses.append(torch.stack(losses).mean())
+        self.step += 1
+        self.history.seconds += time.perf_counter() - started
+
+    def _micro_step(self, index: int) -> Tensor:
+        micro_steps = self.config.optim.grad_accumulation
+        tokens_BS, targets_BS = self._draw_batch(index)
+        with self._no_sync(is_last=index == micro_steps - 1):
+            with self._autocast():
+                _, loss = self.parallel(tokens_BS.to(self.world.device), targets_BS.to(self.world.device))
+            (loss / micro_steps).backward()
+        return loss.detach()
+
+    def _draw_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
+        config, world = self.config, self.world
+        return draw_batch(
+            self.corpus.train,
+            config.model.block_size,
+            config.optim.batch_size,
+            seed=config.run.seed,
+            step=self.step,
+            share=Share(micro_step, config.optim.grad_accumulation, world.rank, world.size),
+        )
+
+    def _no_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        if isinstance(self.parallel, DistributedDataParallel) and not is_last:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def flush(self) -> None:
+        """Bring the losses of past steps to the CPU, into the history.
+
+        Raises:
+            FloatingPointError: one of them is not finite.
+        """
+        if not self.pending_losses:
+            return
+        started = time.perf_counter()
+        losses = (self.world.sum(torch.stack(self.pending_losses)) / self.world.size * BITS).tolist()
+        self.pending_losses.clear()
+        self.history.seconds += time.perf_counter() - started
+        for loss in losses:
+            if not math.isfinite(loss):
+                step = len(self.history.losses) + 1
+                raise FloatingPointError(f"{self.kind}: the loss is {loss} at step {step}; try a smaller lr")
+            self.history.losses.append(loss)
+
+    def evaluate(self) -> None:
+        """Add a point to the history: held-out loss, and the expert load of the last training step."""
+        self.flush()
+        load = self.expert_load()
+        self.history.add_evaluation(self.step, self.loss_on(self.corpus.valid), load)
+
+    @torch.no_grad()
+    def loss_on(self, data: Tensor) -> float:
+        """Bits per byte on the fixed held-out windows of `data`, which the processes share out."""
+        config = self.config
+        tokens_BS, targets_BS = held_out(data, config.model.block_size, config.data.eval_sequences)
+        mine = slice(self.world.rank, None, self.world.size)
+        total = torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        rows = max(1, config.optim.batch_size)
+        for tokens, targets in zip(tokens_BS[mine].split(rows), targets_BS[mine].split(rows), strict=True):
+            with self._autocast():
+                _, loss = self.model(tokens.to(self.world.device), targets.to(self.world.device))
+            total += torch.tensor([loss.item() * len(tokens), len(tokens)])
+        self.model.train()
+        nats, sequences = self.world.sum(total.to(self.world.device)).tolist()
+        return nats / sequences * BITS
+
+    def expert_load(self) -> list[list[float]]:
+        """Share of the last forward pass's rows that each expert got, over all processes, by layer."""
+        loads = []
+        for layer in fastmoe.stats(self.model).values():
+            counts_E = self.world.sum(layer.counts.to(self.world.device, torch.float32))
+            loads.append((counts_E / counts_E.sum().clamp(min=1)).tolist())
+        return loads
+
+    def save(self) -> None:
+        """Write a checkpoint: all processes call it, the first one writes."""
+        self.flush()
+        if self.world.is_main:
+            checkpoint.save(self.state(), self.folder, self.step, self.config.run.keep_checkpoints)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history.to_plain(),
+            "config": to_plain(self.config),
+            "corpus": self.corpus.sha256,
+        }
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, with this run's optimizer options.
+
+        Raises:
+            ValueError: the checkpoint is of another model, MoE or corpus.
+        """
+        plain = to_plain(self.config)
+        for section in ("model", "moe"):
+            if state["config"][section] != plain[section]:
+                raise ValueError(
+                    f"{path} was trained with {section} = {state['config'][section]}; now {plain[section]}"
+                )
+        if state["corpus"] != self.corpus.sha256:
+            raise ValueError(f"{path} was trained on other data than {self.corpus.name}")
+        self.model.load_state_dict(state["model"])
+        own_options = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_options})
+        self.history = History(**state["history"])
+        self.step = state["step"]

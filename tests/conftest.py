@@ -1,0 +1,54 @@
+"""Fixtures that every test may use."""
+
+import pytest
+import torch
+
+import fastmoe.kernels.torch_ops.mlp
+import fastmoe.kernels.torch_ops.ops
+from fastmoe.kernels.torch_ops.layout import GroupedLayout, LoopLayout, PaddedLayout
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Uninitialised memory holds NaN, integers the smallest of their type: whoever reads it is found out."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _padded(num_rows, offsets_E):
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+    return PaddedLayout(num_rows, offsets_E, int(counts_E.max()))
+
+
+LAYOUTS = {"loop": LoopLayout, "padded": _padded, "grouped": GroupedLayout}
+
+
+@pytest.fixture
+def force_layout(monkeypatch):
+    """`force_layout(name)` makes the `torch` backend use that layout; the answer lists the calls it was chosen for."""
+
+    def force(name):
+        calls = []
+
+        def choose(num_rows, offsets_E, weight_EOI):
+            calls.append(num_rows)
+            return LAYOUTS[name](num_rows, offsets_E)
+
+        for module in (fastmoe.kernels.torch_ops.ops, fastmoe.kernels.torch_ops.mlp):
+            monkeypatch.setattr(module, "choose_layout", choose)
+        return calls
+
+    return force
