@@ -217,14 +217,17 @@ class _AttachLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weights_N: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.loss_like, ctx.scale = (loss.dtype, loss.device), scale
+    def forward(weights_N: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
         return weights_N.view_as(weights_N)
 
     @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _weights_N, loss, ctx.scale = inputs
+        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
+
+    @staticmethod
     def backward(ctx, grad_N: Tensor):  # type: ignore[no-untyped-def]
-        dtype, device = ctx.loss_like
-        return grad_N, torch.ones((), dtype=dtype, device=device) * ctx.scale, None
+        return grad_N, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device) * ctx.scale, None
 
 
 def _on(device: torch.device | str | None) -> AbstractContextManager[object]:

@@ -103,11 +103,12 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def assert_measured(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """`got` is at most twice as far from the float64 result as plain PyTorch in the same dtype, plus two roundings."""
     assert got.keys() == plain.keys() == exact.keys()
+    eps = torch.finfo(got["out"].dtype).eps
     for name, truth in exact.items():
         assert (got[name].shape, got[name].dtype) == (plain[name].shape, plain[name].dtype), name
         if not truth.numel():
             continue
-        floor = 2 * torch.finfo(got[name].dtype).eps * float(truth.abs().max())
+        floor = 2 * eps * float(truth.abs().max())
         error, allowed = (float((t.double() - truth).abs().max()) for t in (got[name], plain[name]))
         assert error <= 2 * allowed + floor, (
             f"{name}: error {error:.3g}, plain PyTorch {allowed:.3g}, floor {floor:.3g}"

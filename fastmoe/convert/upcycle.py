@@ -1,88 +1,21 @@
 """From one dense block to the MoE that takes its place."""
 
 import copy
-import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmoe._errors import unknown_name
+from fastmoe._errors import check_int
 from fastmoe.convert.patterns import FeedForward, further_arguments, has_hooks
 from fastmoe.convert.projection import Projection, in_features
+from fastmoe.convert.recipe import Recipe
 from fastmoe.convert.twin import mixes_rows
 from fastmoe.experts import MLPExperts
 from fastmoe.layer import MoE
 
-INITS = ("upcycle", "random")
 FIXED_BY_UPCYCLING = ("d_hidden", "activation", "bias")
 INSIDE_OF_A_KNOWN_BLOCK = (*FIXED_BY_UPCYCLING, "dropout")
-
-
-class DropoutMoE(MoE):
-    """A MoE followed by the dropout that ended the dense block."""
-
-    def __init__(self, d_model: int, num_experts: int, top_k: int, *, output_dropout: nn.Module, **options: Any):
-        super().__init__(d_model, num_experts, top_k, **options)
-        self.output_dropout = output_dropout
-
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        return self.output_dropout(super().forward(x, token_mask))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the user asked for: the same for every block of one `moefy` call."""
-
-    num_experts: int
-    top_k: int
-    init: str
-    options: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.init not in INITS:
-            raise unknown_name("init", self.init, INITS)
-        known = [p.name for p in inspect.signature(MoE).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for name in self.options:
-            if name not in known and name != "d_model":
-                raise unknown_name("moefy option", name, ["target", "init", "every", "d_model", *known])
-        if self.upcycles and "expert" in self.options:
-            raise ValueError("init='upcycle' makes the experts from the dense block; give expert= with init='random'")
-
-    @property
-    def upcycles(self) -> bool:
-        return self.init == "upcycle"
-
-    def make(self, d_model: int, defaults: dict[str, Any], output_dropout: nn.Module | None = None) -> MoE:
-        """A MoE with the user's options over `defaults`. Modules among them are copied: no two layers share one."""
-        own = {name: copy.deepcopy(value) if _holds_modules(value) else value for name, value in self.options.items()}
-        options = {**defaults, **own}
-        options.pop("d_model", None)
-        if self.upcycles:
-            options["router_options"] = self._router_options()
-        if output_dropout is None:
-            return MoE(d_model, self.num_experts, self.top_k, **options)
-        return DropoutMoE(d_model, self.num_experts, self.top_k, output_dropout=output_dropout, **options)
-
-    def _router_options(self) -> dict[str, Any] | None:
-        """Routing weights must sum to 1 for the MoE to give what the dense block gave."""
-        given = self.options.get("router_options")
-        if self.options.get("router", "topk") != "topk":
-            return given
-        options = dict(given or {})
-        if options.get("normalize", True) is False:
-            raise ValueError(
-                "init='upcycle' keeps the model's outputs, for which a token's routing weights must sum to 1; "
-                "got router_options normalize=False. Leave it out, or use init='random'"
-            )
-        if self.top_k == 1:
-            options.setdefault("normalize", "stop_gradient")
-        return options
-
-
-def _holds_modules(value: object) -> bool:
-    return isinstance(value, nn.Module | list | tuple)
 
 
 def moe_from_known(name: str, dense: FeedForward, recipe: Recipe) -> MoE:
@@ -110,10 +43,10 @@ def moe_from_known(name: str, dense: FeedForward, recipe: Recipe) -> MoE:
 def moe_from_unknown(name: str, block: nn.Module, recipe: Recipe) -> MoE:
     """A MoE of whole modules: for upcycling `block` itself and copies of it, else copies with fresh weights."""
     d_model = _width_of(name, block, recipe)
-    _check_can_be_expert(name, block, d_model, recipe)
     some = next(block.parameters(), None)
-    defaults = {} if some is None else {"device": some.device, "dtype": some.dtype}
+    defaults: dict[str, Any] = {} if some is None else {"device": some.device, "dtype": some.dtype}
     if recipe.options.get("expert") is None:
+        _check_can_be_expert(name, block, d_model, recipe)
         copies = [copy.deepcopy(block) for _ in range(recipe.num_experts - 1)]
         defaults["expert"] = [block, *copies] if recipe.upcycles else block
     moe = recipe.make(d_model, defaults)
@@ -123,8 +56,8 @@ def moe_from_unknown(name: str, block: nn.Module, recipe: Recipe) -> MoE:
 
 
 def _check_width(name: str, d_model: int, recipe: Recipe) -> None:
-    asked = recipe.options.get("d_model", d_model)
-    if asked != d_model:
+    asked = recipe.options.get("d_model")
+    if asked not in (None, d_model):
         raise ValueError(f"block {name!r} has width {d_model}, got d_model={asked}")
 
 
@@ -141,7 +74,7 @@ def _check_same_inside(name: str, inside: dict[str, Any], recipe: Recipe) -> Non
 def _check_can_be_expert(name: str, block: nn.Module, d_model: int, recipe: Recipe) -> None:
     kind = f"block {name!r} ({type(block).__name__})"
     for key in INSIDE_OF_A_KNOWN_BLOCK:
-        if key in recipe.options and recipe.options.get("expert") is None:
+        if recipe.options.get(key) is not None:
             raise ValueError(f"{kind} is replicated as it is, because its inside is not known; {key}= does not apply")
     if type(block).forward is nn.Module.forward:
         raise ValueError(f"{kind} has no forward; target the modules inside it")
@@ -153,11 +86,13 @@ def _check_can_be_expert(name: str, block: nn.Module, d_model: int, recipe: Reci
 
 
 def _width_of(name: str, block: nn.Module, recipe: Recipe) -> int:
-    found = next((width for m in block.modules() if (width := in_features(m)) is not None), None)
-    d_model = recipe.options.get("d_model", found)
-    if d_model is None:
-        raise ValueError(f"cannot tell the width of block {name!r} ({type(block).__name__}); give d_model=")
-    return d_model
+    asked = recipe.options.get("d_model")
+    if asked is not None:
+        return check_int("d_model", asked, 1)
+    for module in block.modules():
+        if (width := in_features(module)) is not None:
+            return width
+    raise ValueError(f"cannot tell the width of block {name!r} ({type(block).__name__}); give d_model=")
 
 
 @torch.no_grad()

@@ -71,6 +71,7 @@ def grouped_mm(
     """
     rows_NI, weight_EOI, bias_EO = _autocast(rows_NI, weight_EOI, bias_EO)
     _check_matrices(rows_NI, ("weight", weight_EOI, bias_EO))
+    _check_experts(len(offsets_E), weight=weight_EOI)
     return choose_backend(backend, "grouped_mm", rows_NI).grouped_mm(rows_NI, weight_EOI, bias_EO, offsets_E)
 
 
@@ -115,6 +116,10 @@ def expert_mlp(
         )
     _check_matrices(x_TD, ("w1", w1, b1))
     _check_matrices(x_TD.new_empty(0, w2.shape[-1]), ("w2", w2, b2))
+    _check_experts(len(plan.offsets_E), w1=w1, w2=w2)
+    if w2.shape[1] != x_TD.shape[1]:
+        raise ValueError(f"w2 must be (E, {x_TD.shape[1]}, H), got {tuple(w2.shape)}")
+    _check_rows(plan, token_ids_N, weights_N)
     return choose_backend(backend, "expert_mlp", x_TD).expert_mlp(
         x_TD, token_ids_N, weights_N, plan, w1, b1, w2, b2, activation, rows_per_token
     )
@@ -140,6 +145,7 @@ def combine(
     """
     if rows_NO.dim() != 2 or len(rows_NO) != len(token_ids_N):
         raise ValueError(f"rows must be ({len(token_ids_N)}, O), got {tuple(rows_NO.shape)}")
+    _check_rows(plan, token_ids_N, weights_N)
     return choose_backend(backend, "combine", rows_NO).combine(rows_NO, token_ids_N, weights_N, plan, num_tokens)
 
 
@@ -159,3 +165,15 @@ def _check_matrices(rows_NI: Tensor, weight: tuple[str, Tensor, Tensor | None]) 
         raise ValueError(f"bias of {name} must be {tuple(weight_EOI.shape[:2])}, got {tuple(bias_EO.shape)}")
     if not rows_NI.dtype == weight_EOI.dtype == (weight_EOI if bias_EO is None else bias_EO).dtype:
         raise ValueError(f"rows are {rows_NI.dtype}, {name} is {weight_EOI.dtype}: they must have one dtype")
+
+
+def _check_experts(num_experts: int, **weights: Tensor) -> None:
+    for name, weight in weights.items():
+        if len(weight) != num_experts:
+            raise ValueError(f"{name} must have {num_experts} experts as the plan has, got {tuple(weight.shape)}")
+
+
+def _check_rows(plan: Plan, token_ids_N: Tensor, weights_N: Tensor) -> None:
+    for name, tensor in (("token ids", token_ids_N), ("weights", weights_N)):
+        if tensor.shape != plan.order_N.shape:
+            raise ValueError(f"{name} must be {tuple(plan.order_N.shape)}, one for each row, got {tuple(tensor.shape)}")

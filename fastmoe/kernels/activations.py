@@ -14,18 +14,23 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """`forward(z)` and `backward(grad, z)`, elementwise; a gated one computes `forward(gate) * up`.
+    """`forward(z)`, `backward(grad, z)`, and `forward_(z)` in place, elementwise; if gated, `forward(gate) * up`.
 
     The pre-activation of a gated activation is `(rows, 2H)`, gate half first, else `(rows, H)`.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    forward_: Callable[[Tensor], Tensor]
     gated: bool = False
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
     return F.gelu(z, approximate="tanh")
+
+
+def _gelu_tanh_(z: Tensor) -> Tensor:
+    return aten.gelu_(z, approximate="tanh")
 
 
 def _relu_backward(grad: Tensor, z: Tensor) -> Tensor:
@@ -45,14 +50,14 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(F.relu, _relu_backward),
-    "gelu": Activation(F.gelu, _gelu_backward),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward),
-    "silu": Activation(F.silu, _silu_backward),
-    "reglu": Activation(F.relu, _relu_backward, gated=True),
-    "geglu": Activation(F.gelu, _gelu_backward, gated=True),
-    "geglu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward, gated=True),
-    "swiglu": Activation(F.silu, _silu_backward, gated=True),
+    "relu": Activation(F.relu, _relu_backward, torch.relu_),
+    "gelu": Activation(F.gelu, _gelu_backward, aten.gelu_),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward, _gelu_tanh_),
+    "silu": Activation(F.silu, _silu_backward, aten.silu_),
+    "reglu": Activation(F.relu, _relu_backward, torch.relu_, gated=True),
+    "geglu": Activation(F.gelu, _gelu_backward, aten.gelu_, gated=True),
+    "geglu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward, _gelu_tanh_, gated=True),
+    "swiglu": Activation(F.silu, _silu_backward, aten.silu_, gated=True),
 }
 
 
@@ -70,6 +75,15 @@ def activate(name: str, pre: Tensor) -> Tensor:
         return activation.forward(pre)
     gate, up = pre.chunk(2, dim=-1)
     return activation.forward(gate) * up
+
+
+def activate_(name: str, pre: Tensor) -> Tensor:
+    """`activate`, written into the memory of `pre`."""
+    activation = get_activation(name)
+    if not activation.gated:
+        return activation.forward_(pre)
+    gate, up = pre.chunk(2, dim=-1)
+    return activation.forward_(gate).mul_(up)
 
 
 def activate_backward(name: str, grad: Tensor, pre: Tensor) -> Tensor:

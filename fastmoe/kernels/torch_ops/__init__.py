@@ -47,7 +47,7 @@ class TorchBackend:
         dtype = accumulation_dtype(rows_NO.dtype)
         positions_N = torch.arange(len(plan.order_N), device=rows_NO.device)
         routed_N1 = (positions_N < plan.offsets_E[-1]).unsqueeze(1)
-        weight_N1 = weights_N[plan.order_N].unsqueeze(1).to(dtype)
-        weighted_NO = torch.where(routed_N1, rows_NO.to(dtype) * weight_N1, 0)
+        weight_N1 = torch.where(routed_N1, weights_N[plan.order_N].unsqueeze(1).to(dtype), 0)
+        weighted_NO = torch.where(routed_N1, rows_NO.to(dtype), 0) * weight_N1
         y_TO = weighted_NO.new_zeros(num_tokens, rows_NO.shape[1])
         return y_TO.index_add(0, token_ids_N[plan.order_N], weighted_NO).to(rows_NO.dtype)

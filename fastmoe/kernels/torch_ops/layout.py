@@ -12,6 +12,7 @@ A layout puts each routed row in a slot. Three layouts serve one contract:
 S slots, C slots of one expert; other letters as in `fastmoe.kernels.contract`.
 """
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -55,13 +56,13 @@ class Layout(Protocol):
 
 class LoopLayout:
     def __init__(self, num_rows: int, offsets_E: Tensor) -> None:
-        ends = offsets_E.tolist()
-        self.num_rows, self.num_slots, self.offsets_E = num_rows, ends[-1], offsets_E
-        starts = [0, *ends[:-1]]
-        spans = [(e, start, end) for e, (start, end) in enumerate(zip(starts, ends, strict=True))]
-        self.groups = [span for span in spans if span[1] < span[2]]
-        self.empty = [e for e, start, end in spans if start == end]
-        self.count_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+        self.num_rows, self.num_slots, self.offsets_E = num_rows, int(offsets_E[-1]), offsets_E
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """`(expert, start, end)` of every expert's slots."""
+        ends = self.offsets_E.tolist()
+        return list(zip(range(len(ends)), [0, *ends[:-1]], ends, strict=True))
 
     def put(self, rows_NI: Tensor) -> Tensor:
         return rows_NI[: self.num_slots]
@@ -72,7 +73,8 @@ class LoopLayout:
         return F.pad(slots_SO, (0, 0, 0, self.num_rows - self.num_slots))
 
     def expand(self, values_EO: Tensor) -> Tensor:
-        return torch.repeat_interleave(values_EO, self.count_E, dim=0, output_size=self.num_slots)
+        counts_E = torch.diff(self.offsets_E, prepend=self.offsets_E.new_zeros(1))
+        return torch.repeat_interleave(values_EO, counts_E, dim=0, output_size=self.num_slots)
 
     def _takes_grouped_mm(self, weight_EOI: Tensor) -> bool:
         return self.num_slots > 0 and grouped_mm_fits(weight_EOI)
@@ -84,6 +86,8 @@ class LoopLayout:
         weights = weight_EOI.transpose(1, 2).unbind(0)
         biases = None if bias_EO is None else bias_EO.unbind(0)
         for e, start, end in self.groups:
+            if start == end:
+                continue
             if biases is None:
                 torch.mm(slots_SI[start:end], weights[e], out=out_SO[start:end])
             else:
@@ -96,20 +100,22 @@ class LoopLayout:
         out_SI = slots_SO.new_empty(self.num_slots, weight_EOI.shape[2])
         weights = weight_EOI.unbind(0)
         for e, start, end in self.groups:
-            torch.mm(slots_SO[start:end], weights[e], out=out_SI[start:end])
+            if start < end:
+                torch.mm(slots_SO[start:end], weights[e], out=out_SI[start:end])
         return out_SI
 
     def weight_grad(self, grad_SO: Tensor, slots_SI: Tensor) -> Tensor:
-        out_EOI = grad_SO.new_empty(len(self.groups) + len(self.empty), grad_SO.shape[1], slots_SI.shape[1])
+        out_EOI = grad_SO.new_empty(len(self.groups), grad_SO.shape[1], slots_SI.shape[1])
         outs = out_EOI.unbind(0)
         for e, start, end in self.groups:
-            torch.mm(grad_SO[start:end].t(), slots_SI[start:end], out=outs[e])
-        for e in self.empty:
-            outs[e].zero_()
+            if start < end:
+                torch.mm(grad_SO[start:end].t(), slots_SI[start:end], out=outs[e])
+            else:
+                outs[e].zero_()
         return out_EOI
 
     def bias_grad(self, grad_SO: Tensor) -> Tensor:
-        out_EO = grad_SO.new_zeros(len(self.groups) + len(self.empty), grad_SO.shape[1])
+        out_EO = grad_SO.new_empty(len(self.groups), grad_SO.shape[1])
         outs = out_EO.unbind(0)
         for e, start, end in self.groups:
             torch.sum(grad_SO[start:end], 0, out=outs[e])

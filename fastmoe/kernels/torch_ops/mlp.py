@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoe.kernels.activations import activate, activate_backward
+from fastmoe.kernels.activations import activate, activate_, activate_backward
 from fastmoe.kernels.reference import accumulation_dtype
 from fastmoe.kernels.torch_ops.layout import Layout, choose_layout
 
@@ -84,7 +84,7 @@ class Route:
 def mlp_forward(route: Route, x_TD: Tensor, experts: Experts, keep: bool) -> tuple[Tensor, Tensor]:
     """`(y_TD, pre_NH)`: the output, and the pre-activations in sorted order, empty unless `keep`."""
     pre_SH = route.layout.mm(route.gather(x_TD), experts.w1, experts.b1)
-    hidden_SH = activate(experts.activation, pre_SH)
+    hidden_SH = activate(experts.activation, pre_SH) if keep else activate_(experts.activation, pre_SH)
     pre_NH = route.layout.take(pre_SH) if keep else pre_SH.new_empty(0)
     del pre_SH
     out_SD = route.layout.mm(hidden_SH, experts.w2, experts.b2)

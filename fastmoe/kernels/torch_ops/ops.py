@@ -28,7 +28,7 @@ def plan(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     keys_N = torch.where(expert_ids_N == -1, num_experts, expert_ids_N)
     order_N = torch.argsort(keys_N, stable=True)
     if keys_N.device.type == "cpu":
-        if keys_N.numel() and (keys_N.min() < 0 or keys_N.max() > num_experts):
+        if expert_ids_N.numel() and (expert_ids_N.min() < -1 or expert_ids_N.max() >= num_experts):
             raise ids_out_of_range(expert_ids_N, num_experts)
         counts = torch.bincount(keys_N, minlength=num_experts + 1)
     else:  # bincount would wait for the device to know its output's size
@@ -39,7 +39,7 @@ def plan(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @plan.register_fake
 def _(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(expert_ids_N), expert_ids_N.new_empty(num_experts, dtype=torch.int32)
+    return expert_ids_N.new_empty(expert_ids_N.shape), expert_ids_N.new_empty(num_experts, dtype=torch.int32)
 
 
 @torch.library.custom_op("fastmoe::grouped_mm", mutates_args=())
@@ -72,7 +72,7 @@ def grouped_mm_backward(
 def _(grad_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, needed: list[bool]) -> list[Tensor]:
     bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2])
     grads = [rows_NI, weight_EOI, bias_EO]
-    return [torch.empty_like(g) if need else g.new_empty(0) for g, need in zip(grads, needed, strict=True)]
+    return [g.new_empty(g.shape) if need else g.new_empty(0) for g, need in zip(grads, needed, strict=True)]
 
 
 _refuse_double_backward(grouped_mm_backward)
@@ -115,7 +115,7 @@ def expert_mlp(
 @expert_mlp.register_fake
 def _(x_TD, weights_N, w1, *rest):  # type: ignore[no-untyped-def]
     order_N, keep = rest[4], rest[-1]
-    return torch.empty_like(x_TD), x_TD.new_empty((order_N.shape[0], w1.shape[1]) if keep else (0,))
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty((order_N.shape[0], w1.shape[1]) if keep else (0,))
 
 
 @torch.library.custom_op("fastmoe::expert_mlp_backward", mutates_args=())
@@ -145,7 +145,7 @@ def expert_mlp_backward(
 def _(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *route):  # type: ignore[no-untyped-def]
     needed = route[-1]
     return [
-        torch.empty_like(g) if need and g is not None else grad_TD.new_empty(0)
+        g.new_empty(g.shape) if need and g is not None else grad_TD.new_empty(0)
         for g, need in zip((x_TD, weights_N, w1, b1, w2, b2), needed, strict=True)
     ]
 

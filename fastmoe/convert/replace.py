@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from fastmoe._errors import check_int
+from fastmoe.convert.recipe import Recipe
 from fastmoe.convert.targets import Match, Search, Target, nothing_matched
 from fastmoe.convert.transformer import leave_fused_paths, output_dropout_of, put_moe_into
-from fastmoe.convert.upcycle import Recipe, moe_from_known, moe_from_unknown
+from fastmoe.convert.upcycle import moe_from_known, moe_from_unknown
 from fastmoe.layer import MoE
 
 logger = logging.getLogger("fastmoe")
