@@ -106,7 +106,8 @@ class MoE(nn.Module):
             self.experts: MLPExperts | ModuleExperts
             if expert is None:
                 hidden = 4 * d_model if d_hidden is None else d_hidden
-                self.experts = MLPExperts(num_experts, d_model, hidden, **mlp, backend=backend, dtype=dtype)
+                experts = MLPExperts(num_experts, d_model, hidden, **mlp, backend=backend, dtype=dtype)
+                self.experts = experts.to(device, dtype)  # a module given as activation moves too
             else:
                 if d_hidden is not None or dropout:
                     raise ValueError(
@@ -115,7 +116,7 @@ class MoE(nn.Module):
                 self.experts = ModuleExperts(build_experts(expert, num_experts)).to(device, dtype)
             self.shared: SharedExpert | None = None
             if check_int("shared_d_hidden", shared_d_hidden, 0):
-                self.shared = SharedExpert(d_model, shared_d_hidden, **mlp).to(dtype=dtype)
+                self.shared = SharedExpert(d_model, shared_d_hidden, **mlp).to(device, dtype)
 
     def reset_parameters(self) -> None:
         """Initialise router, experts and shared expert anew, as after construction."""
@@ -246,7 +247,7 @@ def _build_router(
             if option not in known:
                 raise unknown_name(f"option of router {router!r}", option, known)
         return cls(d_model, num_experts, top_k, **(options or {}))
-    module = router if isinstance(router, nn.Module) else router(d_model, num_experts, top_k)
+    module = router(d_model, num_experts, top_k) if callable(router) and not isinstance(router, nn.Module) else router
     if not isinstance(module, nn.Module):
         raise ValueError(f"router must be a name, a module or a callable that returns a module, got {module!r}")
     if isinstance(module, Router) and (module.d_model, module.num_experts) != (d_model, num_experts):

@@ -1,7 +1,8 @@
 """Experts: rows grouped by expert in, rows out. They know nothing of routing."""
 
 from fastmoe.experts.mlp import ActivationLike, MLPExperts, check_activation, check_dropout
-from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts, reset_where_possible
+from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts
+from fastmoe.experts.reset import reset_where_possible
 from fastmoe.experts.shared import SharedExpert
 
 __all__ = [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmoe import kernels
 from fastmoe._errors import check_int
+from fastmoe.experts.reset import reset_where_possible
 from fastmoe.kernels import Plan
 
 ActivationLike = str | Callable[[Tensor], Tensor]
@@ -57,11 +58,15 @@ class MLPExperts(nn.Module):
         self.w2 = empty(num_experts, d_model, d_hidden)
         self.b1 = empty(num_experts, width) if bias else None
         self.b2 = empty(num_experts, d_model) if bias else None
-        self.reset_parameters()
+        self._reset_matrices()
+
+    def reset_parameters(self) -> None:
+        """Initialise each expert as `nn.Linear` does, and a module given as activation as it does itself."""
+        self._reset_matrices()
+        reset_where_possible(self.activation)
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise each expert as `nn.Linear` does."""
+    def _reset_matrices(self) -> None:
         for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
             bound = 1 / math.sqrt(weight.shape[-1])
             weight.uniform_(-bound, bound)

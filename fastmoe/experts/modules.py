@@ -1,11 +1,14 @@
 """Any `nn.Module` as an expert, also modules of different kinds side by side."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastmoe.experts.reset import reset_where_possible
 
 ExpertLike = nn.Module | Callable[[], nn.Module] | Sequence[nn.Module | Callable[[], nn.Module]]
 
@@ -62,8 +65,9 @@ class ModuleExperts(nn.Module):
         return rows_RO
 
     def parameters_per_expert(self) -> list[int]:
-        """How many parameters each expert has."""
-        return [sum(p.numel() for p in module.parameters()) for module in self.modules_list]
+        """How many parameters each expert has of its own; those that several experts share are left out."""
+        users = Counter(param for module in self.modules_list for param in module.parameters())
+        return [sum(p.numel() for p in module.parameters() if users[p] == 1) for module in self.modules_list]
 
 
 class _ZeroGrad(torch.autograd.Function):
@@ -73,9 +77,12 @@ class _ZeroGrad(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows_NO: Tensor, *params: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*params)
+    def forward(rows_NO: Tensor, *params: Tensor) -> Tensor:
         return rows_NO.view_as(rows_NO)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):  # type: ignore[no-untyped-def]
@@ -107,10 +114,3 @@ def _one(entry: object) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ValueError(f"an expert must be an nn.Module, or a callable that returns one; got {module!r}")
     return module
-
-
-def reset_where_possible(module: nn.Module) -> None:
-    """Call `reset_parameters` of every part that has one."""
-    for part in module.modules():
-        if callable(reset := getattr(part, "reset_parameters", None)):
-            reset()

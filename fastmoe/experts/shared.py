@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastmoe import kernels
 from fastmoe.experts.mlp import ActivationLike, check_dropout, is_gated
+from fastmoe.experts.reset import reset_where_possible
 
 
 class SharedExpert(nn.Module):
@@ -31,9 +32,9 @@ class SharedExpert(nn.Module):
         self.w2 = nn.Linear(d_hidden, d_model, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Initialise both matrices as `nn.Linear` does."""
-        self.w1.reset_parameters()
-        self.w2.reset_parameters()
+        """Initialise both matrices as `nn.Linear` does, and a module given as activation as it does itself."""
+        for part in (self.w1, self.w2, self.activation):
+            reset_where_possible(part)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         pre_TH = self.w1(x_TD)

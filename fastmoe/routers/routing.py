@@ -79,8 +79,9 @@ def check_routing(
 ) -> None:
     """Raise `ValueError` unless a router's answer fits the layer that asked.
 
-    Shapes and dtypes are always checked, and on a CPU the range of free token ids. `check_ids` asks for token and expert ids in range, `check_finite` for finite
-    weights, scores and losses; both look at the numbers, which on a GPU waits for the device.
+    Shapes and dtypes are always checked, and on a CPU the range of token ids where rows do not stand token by token.
+    `check_ids` asks for token and expert ids in range, `check_finite` for finite weights, scores and losses; both look
+    at the numbers, which on a GPU waits for the device.
     """
     if not isinstance(routing, Routing):
         raise ValueError(f"a router must return a fastmoe.Routing, got {type(routing).__name__}")

@@ -21,7 +21,7 @@ class Observer:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one does what it always did."""
+    """Turns SIGINT and SIGTERM into a flag, however often they come: under torchrun a process may get one twice."""
 
     caught: signal.Signals | None = None
 
@@ -35,7 +35,6 @@ class StopSignals:
 
     def handle(self, number: int, frame: types.FrameType | None) -> None:
         self.caught = signal.Signals(number)
-        self.__exit__()
 
     def __call__(self) -> bool:
         return self.caught is not None

@@ -52,6 +52,7 @@ def open_world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:
         yield World(found, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

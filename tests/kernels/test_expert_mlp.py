@@ -170,9 +170,9 @@ def test_strides_do_not_matter(layout, force_layout):
     function = through("torch", case, token_ids_N, expert_ids_N, "geglu", rows_per_token)
     straight = {name: t.requires_grad_() for name, t in tensors.items()}
     # every argument a view with strides of its own, the upstream gradient expanded from one number
-    strided = {n: t.detach().repeat_interleave(2, -1).mT.contiguous().mT if t.dim() > 1 else t.detach().repeat_interleave(2)
-               for n, t in tensors.items()}  # fmt: skip
-    strided = {name: t[..., ::2].requires_grad_() for name, t in strided.items()}
+    spread = {name: t.detach().repeat_interleave(2, -1) for name, t in tensors.items()}
+    turned = {name: t.mT.contiguous().mT if t.dim() > 1 else t for name, t in spread.items()}
+    strided = {name: t[..., ::2].requires_grad_() for name, t in turned.items()}
     assert not any(t.is_contiguous() for t in strided.values())
     expected = torch.autograd.grad(function(**straight).sum(), list(straight.values()))
     got = torch.autograd.grad(function(**strided).sum(), list(strided.values()))
@@ -258,7 +258,7 @@ def test_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             through("torch", case, token_ids_N, expert_ids_N, "gelu", 0)(**(good | change))
-    with pytest.raises(ValueError, match="unknown activation 'gelo'. Did you mean 'gelu'"):
+    with pytest.raises(ValueError, match=r"unknown activation 'gelo'\. Did you mean 'gelu'"):
         through("torch", case, token_ids_N, expert_ids_N, "gelo", 0)(**good)
 
 

@@ -46,7 +46,9 @@ def test_reference_grouped_mm_is_row_by_row(name, bias):
         tied = sum((0 * t).sum() for t in (rows, weight, bias) if t is not None)
         return (torch.stack(out) if out else rows.new_zeros(0, case.H)) + tied
 
-    assert_same(run_with_grads(mm_through("reference", plan), tensors, upstream), run_with_grads(slow, tensors, upstream))
+    assert_same(
+        run_with_grads(mm_through("reference", plan), tensors, upstream), run_with_grads(slow, tensors, upstream)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

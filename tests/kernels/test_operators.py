@@ -46,7 +46,7 @@ def test_backward_operators():
 
 def test_fake_strides_are_real_strides():
     """A transposed x or weight: what the compiler is told must be what it gets."""
-    expert_ids_N, case, plan, token_ids_N, rows_per_token, tensors = arguments("odd")
+    _, case, plan, token_ids_N, rows_per_token, tensors = arguments("odd")
     turned = {n: t.mT.contiguous().mT if t.dim() > 1 else t for n, t in tensors.items()}
     assert not turned["x"].is_contiguous()
     leaves = [turned[n].requires_grad_() for n in ORDER]

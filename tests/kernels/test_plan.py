@@ -35,11 +35,15 @@ def test_strided_ids(backend):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("ids", [[0, 3, 1], [0, -2, 1], [2**40, 0, 0]])
 def test_an_id_out_of_range(backend, ids):
-    with pytest.raises(ValueError, match=rf"expert ids must lie in 0..2, or be -1 .*; the router gave {min(ids)}..{max(ids)}"):
+    with pytest.raises(
+        ValueError, match=rf"expert ids must lie in 0..2, or be -1 .*; the router gave {min(ids)}..{max(ids)}"
+    ):
         kernels.plan(torch.tensor(ids), 3, backend=backend)
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(3, dtype=torch.int32), torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(3, dtype=torch.int32), torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)]
+)
 def test_ids_of_another_kind(ids):
     with pytest.raises(ValueError, match=r"expert ids must be int64 \(N,\), got"):
         kernels.plan(ids, 3)

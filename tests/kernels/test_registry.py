@@ -64,7 +64,7 @@ def test_a_forced_backend_serves_or_raises(fake, reasons):
 def test_none_can_serve(fake, monkeypatch):
     fake(unavailable="no such chip")
     monkeypatch.setattr(registry, "PREFERENCE", ["fake"])
-    with pytest.raises(ValueError, match="no backend can serve plan for torch.int64 on cpu: tried fake"):
+    with pytest.raises(ValueError, match=r"no backend can serve plan for torch\.int64 on cpu: tried fake"):
         kernels.plan(IDS, 2)
 
 

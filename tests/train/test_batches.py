@@ -56,7 +56,9 @@ def test_held_out_windows_are_spread_and_do_not_overlap():
     assert targets[-1, -1] == 200
 
 
-@pytest.mark.parametrize("draws", [lambda data: draw_batch(data, 16, 1, seed=0, step=0), lambda data: held_out(data, 16, 1)])
+@pytest.mark.parametrize(
+    "draws", [lambda data: draw_batch(data, 16, 1, seed=0, step=0), lambda data: held_out(data, 16, 1)]
+)
 def test_data_shorter_than_a_window_is_refused(draws):
     draws(DATA[:17])
     with pytest.raises(ValueError, match="has 16 bytes; block_size=16 needs 17"):

@@ -44,7 +44,7 @@ def test_enwik8_is_split_by_millions_of_bytes(tmp_path, name):
 
 
 def test_enwik8_of_another_size_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="enwik8 has 100,000,000 bytes; .* has 1,000"):
+    with pytest.raises(ValueError, match=r"enwik8 has 100,000,000 bytes; .* has 1,000"):
         load_corpus(write(tmp_path / "enwik8", b"a" * 1000))
 
 

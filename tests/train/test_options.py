@@ -50,7 +50,7 @@ def test_flags_of_all_sections():
     ("text", "message"),
     [
         ("[model]\nd_modl = 3", r"unknown key in .*\[model\] 'd_modl'. Did you mean 'd_model'\?"),
-        ("[modle]\nd_model = 3", r"'modle'. Did you mean 'model'\?"),
+        ("[optm]\nlr = 3", r"'optm'. Did you mean 'optim'\?"),
         ("model = 3", r"model is a section; write its keys under \[model\]"),
         ("[model]\nd_model = 'wide'", r"\[model\]: d_model must be int; got 'wide'"),
         ("[model]\nd_model = 3.5", "d_model must be int; got 3.5"),

@@ -1,0 +1,91 @@
+"""Data parallelism with `DistributedDataParallel`: nothing special to write."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastmoe
+
+WORLD = 2
+KINDS = ["stacked", "modules", "shared"]
+TOKENS = {"even": (6, 6), "uneven": (9, 2), "one_process_without": (5, 0)}
+
+
+def build(kind):
+    torch.manual_seed(1)
+    small = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6))
+    options = {
+        "stacked": {"d_hidden": 4},
+        "modules": {"expert": [small, *(nn.Linear(6, 6) for _ in range(7))]},
+        "shared": {"d_hidden": 4, "shared_d_hidden": 5, "activation": "swiglu"},
+    }
+    return nn.Sequential(nn.Linear(6, 6), fastmoe.MoE(6, 8, 2, **options[kind])).double()
+
+
+def batch(tokens, rank):
+    generator = torch.Generator().manual_seed(rank)
+    shape = (TOKENS[tokens][rank], 6)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def backward(model, tokens, rank):
+    x, upstream = batch(tokens, rank)
+    (model(x) * upstream).sum().backward()
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    grads = {}
+    for kind in KINDS:
+        for tokens in TOKENS:
+            model = build(kind)
+            parallel = DistributedDataParallel(model)
+            for _ in range(2):  # DDP notices a parameter without gradient at the next forward pass
+                model.zero_grad()
+                backward(parallel, tokens, rank)
+            grads[f"{kind} {tokens}"] = {name: p.grad for name, p in model.named_parameters()}
+    torch.save(grads, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env) for rank in range(WORLD)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gradients_are_the_mean_over_processes(computed, kind, tokens):
+    alone = []
+    for rank in range(WORLD):
+        model = build(kind)
+        backward(model, tokens, rank)
+        alone.append({name: p.grad for name, p in model.named_parameters()})
+    for rank in range(WORLD):
+        together = computed[rank][f"{kind} {tokens}"]
+        assert together.keys() == alone[0].keys()
+        for name, grad in together.items():
+            torch.testing.assert_close(
+                grad, (alone[0][name] + alone[1][name]) / WORLD, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]).as_posix())
