@@ -39,6 +39,7 @@ def run(trainers: list[Trainer], console: Console) -> None:
     """Train, and report unless a signal stopped it."""
     if train_watched(trainers, console):
         report(trainers, console)
+    trainers[0].world.barrier()
 
 
 def resume(trainer: Trainer, console: Console) -> None:

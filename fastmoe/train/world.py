@@ -39,6 +39,11 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def barrier(self) -> None:
+        """Wait for all processes. Do so before leaving: gloo (torch 2.13) can abort a process that leaves early."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
 
 @contextmanager
 def open_world(device: str) -> Iterator[World]:
@@ -52,7 +57,6 @@ def open_world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:
         yield World(found, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-        dist.barrier()
     finally:
         dist.destroy_process_group()
 
