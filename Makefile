@@ -13,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m fastmoe train --preset demo $(ARGS)
+	$(BIN)/python -m fastmoe train --preset demo --overwrite $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

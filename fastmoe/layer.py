@@ -109,6 +109,11 @@ class MoE(nn.Module):
                 experts = MLPExperts(num_experts, d_model, hidden, **mlp, backend=backend, dtype=dtype)
                 self.experts = experts.to(device, dtype)  # a module given as activation moves too
             else:
+                if not shared_d_hidden and (activation != "gelu" or not bias):
+                    raise ValueError(
+                        "activation and bias are for built-in experts and the shared expert: leave them out where "
+                        "expert= is given"
+                    )
                 if d_hidden is not None or dropout:
                     raise ValueError(
                         "d_hidden and dropout are for built-in experts: leave them out where expert= is given"
@@ -250,9 +255,8 @@ def _build_router(
     module = router(d_model, num_experts, top_k) if callable(router) and not isinstance(router, nn.Module) else router
     if not isinstance(module, nn.Module):
         raise ValueError(f"router must be a name, a module or a callable that returns a module, got {module!r}")
-    if isinstance(module, Router) and (module.d_model, module.num_experts) != (d_model, num_experts):
-        raise ValueError(
-            f"the layer has d_model={d_model} and {num_experts} experts, "
-            f"its router d_model={module.d_model} and {module.num_experts}"
-        )
+    if isinstance(module, Router):
+        asked, has = (d_model, num_experts, top_k), (module.d_model, module.num_experts, module.top_k)
+        if asked != has:
+            raise ValueError(f"the layer has (d_model, num_experts, top_k) = {asked}, its router has {has}")
     return module

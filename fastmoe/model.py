@@ -1,5 +1,6 @@
 """Functions over a whole model: its MoE layers, their statistics, balance losses and parameter counts."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
     accumulated, `scaler.get_scale()` with a `torch.amp.GradScaler`, or their product. Give a tensor of no dimension
     where the value changes and the model is compiled. Losses collected by `collect_aux_losses` are not scaled.
     """
-    if isinstance(scale, Tensor) and scale.dim() != 0:
-        raise ValueError(f"scale must be a number or a tensor of no dimension, got shape {tuple(scale.shape)}")
+    fits = scale.dim() == 0 if isinstance(scale, Tensor) else isinstance(scale, float | int) and math.isfinite(scale)
+    if not fits:
+        raise ValueError(f"scale must be a finite number or a tensor of no dimension, got {scale!r}")
     for layer in moe_layers(model).values():
         layer.aux_loss_scale = scale
 
@@ -56,10 +58,10 @@ class AuxLosses(list[AuxLoss]):
 
 class _Sink:
     def __init__(self, losses: AuxLosses, name: str) -> None:
-        self.losses, self.name = losses, name
+        self.losses, self.name, self.opened_in = losses, name, _backward_pass()
 
     def receive(self, layer: MoE, losses: dict[str, Tensor]) -> None:
-        if not torch.compiler.is_compiling() and _in_backward():
+        if not torch.compiler.is_compiling() and _backward_pass() != self.opened_in:
             self._check_recomputed(losses)
             return
         self.losses.extend(AuxLoss(self.name, name, value) for name, value in losses.items())
@@ -74,8 +76,9 @@ class _Sink:
             )
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+def _backward_pass() -> int:
+    """The number of the backward pass that runs now, -1 outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 @contextmanager
@@ -89,7 +92,8 @@ def collect_aux_losses(model: nn.Module) -> Iterator[AuxLosses]:
     ```
 
     Gradients are those of attached losses. Losses are collected in training and in evaluation. A forward pass that
-    activation checkpointing runs again in backward is counted once.
+    activation checkpointing runs again in backward is counted once. Reentrant checkpointing runs its first pass under
+    `no_grad`: losses collected around it have no gradient (`RuntimeError` if backward runs inside the context).
     """
     losses = AuxLosses()
     layers = moe_layers(model)

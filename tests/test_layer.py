@@ -1,6 +1,7 @@
 """`fastmoe.MoE`: the contract of names and shapes, metamorphic tests, masks, dtypes, and bad input."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -271,8 +272,6 @@ def test_dtypes(kind, dtype):
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "reference"])
 def test_autocast(kind):
-    if kind == "mixed":
-        pytest.skip("an Identity gives back what it gets: float32")
     layer = build(kind).float()
     x, upstream = torch.randn(2, 32, 6)
     full = run(layer, x, upstream)
@@ -367,7 +366,7 @@ CONSTRUCTION = [
     ({"router": "topp"}, "unknown router 'topp'. Did you mean 'topk'"),
     ({"router": 3}, "router must be a name, a module or a callable that returns a module, got 3"),
     ({"router": lambda d, e, k: 3}, "router must be a name, a module or a callable that returns a module, got 3"),
-    ({"router": Compact(6, 5)}, "the layer has d_model=6 and 4 experts, its router d_model=6 and 5"),
+    ({"router": Compact(6, 5)}, "its router has"),
     ({"router": Compact, "router_options": {"a": 1}}, "router_options are for a router given by name"),
     ({"backend": "tritn"}, "unknown backend 'tritn'"),
     ({"dtype": torch.int32}, "dtype must be a floating type, got torch.int32"),
@@ -410,3 +409,24 @@ def test_nan_logits(kind):
     assert y[[0, 1, 3, 4]].isfinite().all()
     mask = torch.ones(5, dtype=torch.bool).index_fill(0, torch.tensor([2]), False)
     assert build(kind, check=True)(x, mask).isfinite().all()
+
+
+def test_shapes_can_be_worked_out_on_the_meta_device():
+    layer = fastmoe.MoE(16, 4, device="meta")
+    assert layer(torch.empty(3, 16, device="meta")).shape == (3, 16)
+
+
+def test_a_router_for_another_top_k_is_refused():
+    with pytest.raises(ValueError, match="its router has"):
+        fastmoe.MoE(16, 4, 2, router=fastmoe.routers.TopKRouter(16, 4, 1))
+
+
+def test_a_router_that_moves_rows_is_found_out():
+    class Moves(fastmoe.Router):
+        def forward(self, x_TD):
+            weights_TK, ids_TK = self.proj(x_TD).softmax(1).topk(self.top_k)
+            routing = fastmoe.Routing.from_topk(ids_TK, weights_TK, self.num_experts)
+            return dataclasses.replace(routing, token_ids_N=routing.token_ids_N.flip(0))
+
+    with pytest.raises(ValueError, match="do not stand token by token"):
+        fastmoe.MoE(8, 4, router=Moves)(torch.randn(5, 8))

@@ -118,7 +118,7 @@ def _obstacle(block: nn.Module, pattern: Pattern) -> str | None:
     if any(id(p) not in inside for p in block.parameters()) or any(True for _ in block.buffers()):
         return f"it holds parameters or buffers besides {'/'.join(pattern.names)}"
     if has_hooks(block):
-        return "it has forward hooks, which would be lost"
+        return "it has hooks, which would be lost"
     extra = further_arguments(block)
     if extra:
         return f"its forward takes more than one argument ({', '.join(p.name for p in extra)})"
@@ -132,8 +132,10 @@ def _frozen(block: nn.Module, name: str) -> bool:
 
 
 def has_hooks(block: nn.Module) -> bool:
-    """Whether anything in `block` has forward hooks."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+    """Whether anything in `block` has hooks, forward or backward."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in block.modules()
+    ) or any(p._backward_hooks for p in block.parameters())
 
 
 def further_arguments(block: nn.Module) -> list[inspect.Parameter]:

@@ -51,6 +51,8 @@ class ModuleExperts(nn.Module):
         return _ZeroGrad.apply(rows_NO, *unused)
 
     def _call(self, e: int, rows_RD: Tensor, before: list[Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            rows_RD = rows_RD.clone()  # an expert may work in place, and its neighbours' rows share the buffer
         rows_RO = self.modules_list[e](rows_RD)
         if not isinstance(rows_RO, Tensor) or rows_RO.dim() != 2 or len(rows_RO) != len(rows_RD):
             got = tuple(rows_RO.shape) if isinstance(rows_RO, Tensor) else type(rows_RO).__name__
@@ -62,6 +64,9 @@ class ModuleExperts(nn.Module):
                 f"all experts must return the same width: expert {e} returned {rows_RO.shape[1]}, "
                 f"one before it {before[0].shape[1]}"
             )
+        device = rows_RO.device.type
+        if torch.is_autocast_enabled(device) and rows_RO.is_floating_point():
+            return rows_RO.to(torch.get_autocast_dtype(device))
         return rows_RO
 
     def parameters_per_expert(self) -> list[int]:
@@ -95,12 +100,12 @@ def build_experts(expert: ExpertLike, num_experts: int) -> list[nn.Module]:
     A module is deep-copied E times, and each copy re-initialised where it can; a callable is called E times; a list
     gives each expert, as a module (used as it is) or a callable (called once).
     """
-    if isinstance(expert, nn.Module):
+    if isinstance(expert, nn.Module) and not isinstance(expert, nn.ModuleList):
         copies = [copy.deepcopy(expert) for _ in range(num_experts)]
         for module in copies:
             reset_where_possible(module)
         return copies
-    if isinstance(expert, Sequence) and not isinstance(expert, str):
+    if isinstance(expert, Sequence | nn.ModuleList) and not isinstance(expert, str):
         if len(expert) != num_experts:
             raise ValueError(f"expert must list one module for each of {num_experts} experts, got {len(expert)}")
         return [_one(entry) for entry in expert]

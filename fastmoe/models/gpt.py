@@ -56,7 +56,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        d_hidden = config.d_hidden or 4 * config.d_model
+        d_hidden = 4 * config.d_model if config.d_hidden is None else config.d_hidden
         self.c_fc = nn.Linear(config.d_model, d_hidden, bias=config.bias)
         self.act = nn.GELU()
         self.c_proj = nn.Linear(d_hidden, config.d_model, bias=config.bias)

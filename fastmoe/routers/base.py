@@ -22,7 +22,10 @@ class RouterLinear(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        device = x_TD.device.type
+        if not torch.amp.is_autocast_available(device):  # the meta device, for one
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        with torch.autocast(device, enabled=False):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
 

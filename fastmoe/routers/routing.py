@@ -79,7 +79,7 @@ def check_routing(
 ) -> None:
     """Raise `ValueError` unless a router's answer fits the layer that asked.
 
-    Shapes and dtypes are always checked, and on a CPU the range of token ids where rows do not stand token by token.
+    Shapes and dtypes are always checked, and on a CPU the token ids; kernels find bad expert ids there by themselves.
     `check_ids` asks for token and expert ids in range, `check_finite` for finite weights, scores and losses; both look
     at the numbers, which on a GPU waits for the device.
     """
@@ -104,10 +104,8 @@ def check_routing(
     _check_losses_and_scores(routing)
     if check_ids:
         _check_range("expert ids", routing.expert_ids_N, -1, num_experts)
-    if check_ids or _cheap_to_look_at(routing):
-        _check_range("token ids", routing.token_ids_N, 0, num_tokens)
-    if check_ids and routing.rows_per_token:
-        _check_rows_per_token(routing)
+    if check_ids or (routing.token_ids_N.device.type == "cpu" and not torch.compiler.is_compiling()):
+        _check_token_ids(routing)
     if check_finite:
         _check_finite(routing)
 
@@ -122,13 +120,10 @@ def _check_losses_and_scores(routing: Routing) -> None:
         raise ValueError(f"a router's scores must be {expected}, got {tuple(routing.scores_TE.shape)}")
 
 
-def _cheap_to_look_at(routing: Routing) -> bool:
-    """Whether token ids of the router's own making lie on a CPU. Kernels find bad expert ids there by themselves."""
-    on_cpu = routing.token_ids_N.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_cpu and not routing.rows_per_token
-
-
-def _check_rows_per_token(routing: Routing) -> None:
+def _check_token_ids(routing: Routing) -> None:
+    if not routing.rows_per_token:
+        _check_range("token ids", routing.token_ids_N, 0, routing.num_tokens)
+        return
     rows_TK = routing.token_ids_N.view(routing.num_tokens, routing.rows_per_token)
     if not torch.equal(rows_TK, torch.arange(len(rows_TK), device=rows_TK.device).unsqueeze(1).expand_as(rows_TK)):
         raise ValueError(f"rows_per_token={routing.rows_per_token}, but the rows do not stand token by token")

@@ -42,7 +42,7 @@ def make_moe(model: GPT, config: TrainConfig) -> GPT:
         top_k=moe.top_k,
         init="random",
         every=moe.every,
-        d_hidden=moe.expert_hidden or config.model.dense_hidden // moe.top_k,
+        d_hidden=config.model.dense_hidden // moe.top_k if moe.expert_hidden is None else moe.expert_hidden,
         router_options={"aux_loss_weight": moe.aux_loss_weight, "z_loss_weight": moe.z_loss_weight},
     )
     model.init_weights()

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         ValueError: an unknown preset, or a TOML file that cannot be used.
         SystemExit: arguments that cannot be used, or --help.
     """
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources = argparse.ArgumentParser(prog="fastmoe train", add_help=False, allow_abbrev=False)
     sources.add_argument("--preset")
     sources.add_argument("--config", type=Path)
     given, _ = sources.parse_known_args(arguments)

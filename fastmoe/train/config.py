@@ -14,6 +14,8 @@ import tyro
 Kind = Literal["dense", "moe"]
 Mode = Literal["dense", "moe", "compare"]
 
+NAMES: dict[Kind, str] = {"dense": "dense", "moe": "MoE"}
+
 
 def check_at_least(minimum: float, **values: float) -> None:
     """Raise a ValueError that names the first value below `minimum`."""
@@ -36,12 +38,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, block_size=self.block_size, n_layer=self.n_layer, n_head=self.n_head, d_model=self.d_model)
+        check_at_least(1, d_hidden=self.dense_hidden)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
 
     @property
     def dense_hidden(self) -> int:
-        return self.d_hidden or 4 * self.d_model
+        return 4 * self.d_model if self.d_hidden is None else self.d_hidden
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ def read_file(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"no such data file: {path}")
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             return gzip.decompress(path.read_bytes())
-        return read_zip(path) if path.suffix == ".zip" else path.read_bytes()
+        return read_zip(path) if path.suffix.lower() == ".zip" else path.read_bytes()
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 

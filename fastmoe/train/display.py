@@ -6,11 +6,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from fastmoe.train.config import NAMES
 from fastmoe.train.history import busiest
 from fastmoe.train.loop import Observer
 from fastmoe.train.trainer import Trainer
-
-NAMES = {"dense": "dense", "moe": "MoE"}
 
 
 def tokens_per_second(trainer: Trainer, since_step: int = 0, since_seconds: float = 0.0) -> float:

@@ -23,7 +23,7 @@ PRESETS: dict[str, TrainConfig] = {
         moe=MoEConfig(num_experts=8, top_k=2),
         data=DataConfig(eval_sequences=128),
         optim=OptimConfig(steps=1200, batch_size=8, lr=3e-3, min_lr=3e-4, warmup_steps=60),
-        run=RunConfig(out=Path("runs/demo"), overwrite=True, eval_every=50, checkpoint_every=300, keep_checkpoints=1),
+        run=RunConfig(out=Path("runs/demo"), eval_every=50, checkpoint_every=300, keep_checkpoints=1),
     ),
 }
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastmoe.train.config import NAMES, Kind
 from fastmoe.train.history import History
-
-LABELS = {"dense": "dense", "moe": "MoE"}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -18,13 +17,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def plot_curves(histories: dict[str, History], path: Path, caption: str) -> None:
+def plot_curves(histories: dict[Kind, History], path: Path, caption: str) -> None:
     """Validation loss over steps and over seconds of training."""
     figure = new_figure(10, 4)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for kind, history in histories.items():
-        by_step.plot(history.valid_steps, history.valid_losses, marker=".", label=LABELS[kind])
-        by_time.plot(history.valid_seconds, history.valid_losses, marker=".", label=LABELS[kind])
+        by_step.plot(history.valid_steps, history.valid_losses, marker=".", label=NAMES[kind])
+        by_time.plot(history.valid_seconds, history.valid_losses, marker=".", label=NAMES[kind])
     by_step.set(xlabel="steps", ylabel="validation loss, bits per byte", title="at equal steps")
     by_time.set(xlabel="seconds of training", title="at equal wall time")
     worst = max(history.valid_losses[1:2] or history.valid_losses for history in histories.values())[0]

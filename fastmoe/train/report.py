@@ -14,7 +14,8 @@ from rich.table import Table
 
 import fastmoe
 from fastmoe.train.batches import mix
-from fastmoe.train.display import NAMES, tokens_per_second
+from fastmoe.train.config import NAMES, Kind
+from fastmoe.train.display import tokens_per_second
 from fastmoe.train.history import History, busiest, loss_at, steps_to_reach
 from fastmoe.train.options import to_plain
 from fastmoe.train.plots import plot_curves, plot_expert_load
@@ -37,15 +38,15 @@ class Outcome:
     active_params: int
 
 
-def outcomes(trainers: list[Trainer]) -> dict[str, Outcome]:
+def outcomes(trainers: list[Trainer]) -> dict[Kind, Outcome]:
     """Each trainer's figures; all processes call it, since they share the evaluation on test data."""
     histories = {trainer.kind: trainer.history for trainer in trainers}
     equal_seconds = min(history.seconds for history in histories.values())
-    found = {}
+    found: dict[Kind, Outcome] = {}
     for trainer in trainers:
         history, size = trainer.history, fastmoe.summary(trainer.model)
         compared = len(trainers) > 1
-        found[str(trainer.kind)] = Outcome(
+        found[trainer.kind] = Outcome(
             steps=trainer.step,
             valid_loss=history.valid_losses[-1],
             valid_loss_at_equal_time=loss_at(equal_seconds, history) if compared else None,
@@ -60,7 +61,7 @@ def outcomes(trainers: list[Trainer]) -> dict[str, Outcome]:
     return found
 
 
-def table(results: dict[str, Outcome]) -> Table:
+def table(results: dict[Kind, Outcome]) -> Table:
     """One column per model; losses in bits per byte."""
     columns = list(results.values())
     equal_seconds = min(outcome.seconds for outcome in columns)
@@ -101,10 +102,10 @@ def sample_text(trainer: Trainer, n: int) -> str:
     return bytes(tokens[0, 1:].tolist()).decode("utf-8", errors="replace")
 
 
-def write_artefacts(trainers: list[Trainer], results: dict[str, Outcome], text: str) -> list[Path]:
+def write_artefacts(trainers: list[Trainer], results: dict[Kind, Outcome], text: str) -> list[Path]:
     """`results.json`, `curves.png`, `expert_load.png` (where there are experts) and `sample.txt`; their paths."""
     out = trainers[0].config.run.out
-    histories: dict[str, History] = {trainer.kind: trainer.history for trainer in trainers}
+    histories: dict[Kind, History] = {trainer.kind: trainer.history for trainer in trainers}
     caption = f"{trainers[0].corpus.name}; {machine()['cpu']}, {machine()['cores']} cores"
     plot_curves(histories, out / "curves.png", caption)
     written = [out / "curves.png"]
@@ -116,7 +117,7 @@ def write_artefacts(trainers: list[Trainer], results: dict[str, Outcome], text: 
     return [*written, out / "sample.txt", out / "results.json"]
 
 
-def as_json(trainers: list[Trainer], results: dict[str, Outcome]) -> dict[str, Any]:
+def as_json(trainers: list[Trainer], results: dict[Kind, Outcome]) -> dict[str, Any]:
     corpus = trainers[0].corpus
     return {
         "machine": machine(),

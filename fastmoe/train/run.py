@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fastmoe.train import checkpoint
-from fastmoe.train.config import Kind, TrainConfig
+from fastmoe.train.config import NAMES, Kind, TrainConfig
 from fastmoe.train.corpus import load_corpus
-from fastmoe.train.display import NAMES, ProgressDisplay, TensorBoard
+from fastmoe.train.display import ProgressDisplay, TensorBoard
 from fastmoe.train.loop import Observer, StopSignals, train
 from fastmoe.train.report import outcomes, sample_text, table, write_artefacts
 from fastmoe.train.trainer import Trainer

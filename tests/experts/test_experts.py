@@ -154,3 +154,34 @@ def test_dropout_is_on_the_hidden_activations():
 def test_bad_dropout(dropout):
     with pytest.raises(ValueError, match="dropout must be a number from 0 to 1"):
         fastmoe.MoE(4, 2, dropout=dropout)
+
+
+def test_experts_may_work_in_place():
+    torch.manual_seed(0)
+    expert = [torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Linear(6, 6)) for _ in range(3)]
+    out_of_place = [torch.nn.Sequential(torch.nn.ReLU(), e[1]) for e in expert]
+    x, router = torch.randn(9, 6), fastmoe.routers.TopKRouter(6, 3, 2)
+    grads = []
+    for experts in (expert, out_of_place):
+        x_leaf = x.clone().requires_grad_()
+        y = fastmoe.MoE(6, 3, expert=experts, router=router)(x_leaf)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), [x_leaf, expert[0][1].weight])])
+    torch.testing.assert_close(*grads)
+
+
+def test_a_module_list_is_a_list():
+    layer = fastmoe.MoE(4, 2, expert=torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Linear(4, 4)]))
+    assert [type(e).__name__ for e in layer.experts.modules_list] == ["Identity", "Linear"]
+
+
+def test_options_of_built_in_experts_are_refused():
+    for options in ({"activation": "relu"}, {"bias": False}):
+        with pytest.raises(ValueError, match="activation and bias are for built-in experts"):
+            fastmoe.MoE(4, 2, expert=torch.nn.Identity, **options)
+    fastmoe.MoE(4, 2, expert=torch.nn.Identity, shared_d_hidden=8, activation="relu")
+
+
+def test_autocast_gives_its_dtype_whichever_expert_ran():
+    layer = fastmoe.MoE(4, 2, 1, expert=[torch.nn.Identity(), torch.nn.Linear(4, 4)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {layer(torch.randn(1, 4)).dtype for _ in range(20)} == {torch.bfloat16}

@@ -5,6 +5,7 @@ import torch
 from helpers import CASES, route
 
 from fastmoe import kernels
+from fastmoe.kernels.torch_ops.layout import choose_layout
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -47,3 +48,10 @@ def test_an_id_out_of_range(backend, ids):
 def test_ids_of_another_kind(ids):
     with pytest.raises(ValueError, match=r"expert ids must be int64 \(N,\), got"):
         kernels.plan(ids, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hot_expert_is_not_padded_to(dtype):
+    counts = torch.tensor([2500] + [2] * 511)
+    layout = choose_layout(int(counts.sum()), counts.cumsum(0).int(), torch.empty(512, 128, 64, dtype=dtype))
+    assert layout.num_slots <= 4 * int(counts.sum())

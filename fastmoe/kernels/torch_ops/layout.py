@@ -199,10 +199,12 @@ class GroupedLayout:
         return sums.index_add_(0, self.expert_N, grad_SO.to(dtype))[:-1].to(grad_SO.dtype)
 
 
-# What one more `torch.mm` call costs on a CPU, in floating-point operations that `torch.bmm` does in that time.
-# Measured with benchmarks/layer_cpu.py's shapes on a 2-core Xeon: small bfloat16 products pay a set-up of some 20 us.
-_CALL_COST_FLOPS = {torch.bfloat16: 5e7, torch.float16: 5e7}
-_CALL_COST_FLOPS_DEFAULT = 1e6
+# What one more `torch.mm` call, and moving one byte into padded slots, cost on a CPU, in floating-point operations that
+# `torch.bmm` does in that time. Measured with benchmarks/layer_cpu.py's shapes on a 2-core Xeon, whose small bfloat16
+# products pay a set-up of some 20 us each.
+_COSTS_IN_FLOPS = {torch.bfloat16: (5e7, 100), torch.float16: (5e7, 100)}
+_COSTS_IN_FLOPS_DEFAULT = (1e6, 25)
+_MAX_PADDING = 4  # slots per row, a bound on memory
 
 
 def choose_layout(num_rows: int, offsets_E: Tensor, weight_EOI: Tensor) -> Layout:
@@ -214,9 +216,11 @@ def choose_layout(num_rows: int, offsets_E: Tensor, weight_EOI: Tensor) -> Layou
     ends = offsets_E.tolist()
     counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     width = max(counts)
-    padding_flops = 2 * weight_EOI[0].numel() * (width * len(ends) - ends[-1])
-    loop_flops = _CALL_COST_FLOPS.get(weight_EOI.dtype, _CALL_COST_FLOPS_DEFAULT) * sum(count > 0 for count in counts)
-    if padding_flops < loop_flops:
+    slots, (_, rows_out, rows_in) = width * len(ends), weight_EOI.shape
+    call_cost, byte_cost = _COSTS_IN_FLOPS.get(weight_EOI.dtype, _COSTS_IN_FLOPS_DEFAULT)
+    moved_bytes = slots * (rows_in + rows_out) * weight_EOI.element_size()
+    padding_cost = 2 * rows_in * rows_out * (slots - ends[-1]) + byte_cost * moved_bytes
+    if slots <= _MAX_PADDING * ends[-1] and padding_cost < call_cost * sum(count > 0 for count in counts):
         return PaddedLayout(num_rows, offsets_E, width)
     return LoopLayout(num_rows, offsets_E)
 
