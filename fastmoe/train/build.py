@@ -73,7 +73,7 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bfloat16, or None for float32 throughout.
 
-    "auto" keeps a CPU in float32: at the sizes that one trains on a CPU it was the faster, docs/log.md has figures.
+    "auto" keeps a CPU in float32.
     """
     if precision == "auto":
         helps = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
