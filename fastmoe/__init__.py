@@ -4,7 +4,7 @@ from fastmoe import kernels, routers
 from fastmoe.convert import moefy
 from fastmoe.kernels import backends
 from fastmoe.layer import MoE
-from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, stats
+from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, set_stats_group, stats
 from fastmoe.monitor import LayerStats
 from fastmoe.parameters import Summary, summary
 from fastmoe.routers import Router, Routing, register_router
@@ -27,6 +27,7 @@ __all__ = [
     "register_router",
     "routers",
     "set_aux_loss_scale",
+    "set_stats_group",
     "stats",
     "summary",
 ]

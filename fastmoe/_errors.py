@@ -1,6 +1,7 @@
 """Errors in the user's words."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -17,3 +18,18 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be a whole number >= {minimum}, got {value!r}")
     return value
+
+
+def check_number(name: str, value: object, minimum: float = 0.0) -> float:
+    """`value` as a float if it is a finite number of at least `minimum`, else a `ValueError`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= {minimum:g}, got {value!r}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> str:
+    """`value` if it is one of the known names, else a `ValueError`."""
+    known = list(known)
+    if value not in known:
+        raise unknown_name(name, value, known)
+    return str(value)

@@ -1,16 +1,17 @@
 """`MoE`: the only place where router, dispatcher, experts and kernels meet."""
 
 import dataclasses
-import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastmoe import kernels
 from fastmoe._errors import check_int, unknown_name
+from fastmoe._processes import ALONE, Processes
 from fastmoe.dispatch import LocalDispatcher
 from fastmoe.experts import (
     ActivationLike,
@@ -22,7 +23,10 @@ from fastmoe.experts import (
     reset_where_possible,
 )
 from fastmoe.monitor import LayerStats, mean_entropy
-from fastmoe.routers import Router, Routing, check_routing, get_router
+from fastmoe.routers import Router, Routing, RoutingContext, check_routing, get_router, option_names
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 RouterLike = str | nn.Module | Callable[[int, int, int], nn.Module]
 
@@ -33,11 +37,17 @@ class LossSink(Protocol):
     def receive(self, layer: "MoE", losses: dict[str, Tensor]) -> None: ...
 
 
+class Observer(Protocol):
+    """Watches a layer's forward passes; see `fastmoe.LoadMonitor`."""
+
+    def observe(self, routing: Routing, offsets_E: Tensor, token_mask_T: Tensor | None) -> None: ...
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts layer: a router sends each token to K of E experts and sums what they return.
 
     `y = sum over the chosen experts e of weight_e(x) * expert_e(x)`, plus the shared expert where there is one. Every
-    routed row is computed: there is no capacity and no padding. In training the router's balance losses are attached
+    routed row is computed: unless the router has a capacity, nothing is dropped or padded. In training the router's balance losses are attached
     to the output's autograd graph: their gradient flows, the output's value is untouched, user code does nothing.
 
     Args:
@@ -100,6 +110,9 @@ class MoE(nn.Module):
         self.aux_loss_scale: float | Tensor = 1.0
         self.last_stats: LayerStats | None = None
         self.loss_sink: LossSink | None = None
+        self.observers: list[Observer] = []
+        self.stats_group: ProcessGroup | None = None
+        self.token_ids: Tensor | None = None
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "dropout": dropout}
         with _on(device):
             self.router = _build_router(router, router_options, d_model, num_experts, top_k).to(device, dtype)
@@ -130,13 +143,14 @@ class MoE(nn.Module):
         if self.shared is not None:
             self.shared.reset_parameters()
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
         """Route, compute and sum.
 
         Args:
             x: `(..., d_model)`, floating; leading dimensions are free, and may be empty.
             token_mask: bool, shaped like `x` without its last dimension. A False token is not routed, gets zeros, and
                 counts in no loss and no statistic.
+            token_ids: int64, shaped like `token_mask`: the vocabulary id of each token, for routers that go by it.
 
         Returns:
             `(..., d_model)` in the dtype of `x` (under autocast, in the autocast dtype); `(..., d_out)` with experts
@@ -148,7 +162,8 @@ class MoE(nn.Module):
         x_TD, mask_T = self._flatten(x, token_mask)
         if mask_T is not None:
             x_TD = torch.where(mask_T.unsqueeze(1), x_TD, 0)
-        routing, entropy = self._route(x_TD, mask_T)
+        context = self._context(x, mask_T, token_ids)
+        routing, entropy = self._route(x_TD, context)
         plan = kernels.plan(routing.expert_ids_N, self.num_experts, backend=self.backend)
         weights_N = self._hand_over_losses(routing)
         y_TO = self._compute(x_TD, routing, weights_N, plan)
@@ -157,6 +172,8 @@ class MoE(nn.Module):
             y_TO = y_TO + (shared_TO if mask_T is None else torch.where(mask_T.unsqueeze(1), shared_TO, 0))
         losses = {name: loss.detach() for name, loss in routing.losses.items()}
         self.last_stats = LayerStats(plan.offsets_E, routing.dropped, losses, entropy)
+        for observer in self.observers:
+            observer.observe(routing, plan.offsets_E, mask_T)
         return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
     def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -172,14 +189,37 @@ class MoE(nn.Module):
             )
         return x.reshape(-1, self.d_model), token_mask.reshape(-1)
 
-    def _route(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Routing, Tensor | None]:
+    def _context(self, x: Tensor, mask_T: Tensor | None, token_ids: Tensor | None) -> RoutingContext:
+        processes = Processes.of(self.stats_group) if self.training else ALONE
+        ids_T = None
+        if getattr(self.router, "needs_token_ids", False):
+            ids_T = self._token_ids_of(x, token_ids)
+        num_sequences = math.prod(x.shape[:-2])
+        return RoutingContext(mask_T, ids_T, num_sequences, processes)
+
+    def _token_ids_of(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
+        ids = self.token_ids if token_ids is None else token_ids
+        name = type(self.router).__name__
+        if ids is None:
+            raise ValueError(
+                f"{name} goes by token ids: call the layer with token_ids=, or fastmoe.feed_token_ids(model, embedding)"
+            )
+        if ids.dtype != torch.int64 or ids.numel() != x.numel() // self.d_model:
+            raise ValueError(
+                f"token_ids must be int64 {tuple(x.shape[:-1])}, one for each token; got {ids.dtype} {tuple(ids.shape)}"
+            )
+        return ids.reshape(-1)
+
+    def _route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Routing, Tensor | None]:
         """The router's checked answer for all T tokens, and the mean entropy of its scores."""
-        if mask_T is None:
+        mask_T = context.token_mask_T
+        if getattr(self.router, "takes_context", False):
+            routing = self._checked(self.router(x_TD, context), len(x_TD))
+            if mask_T is not None:
+                routed_N = mask_T[routing.token_ids_N]
+                routing = dataclasses.replace(routing, expert_ids_N=torch.where(routed_N, routing.expert_ids_N, -1))
+        elif mask_T is None:
             routing = self._checked(self.router(x_TD), len(x_TD))
-        elif getattr(self.router, "takes_token_mask", False):
-            routing = self._checked(self.router(x_TD, mask_T), len(x_TD))
-            routed_N = mask_T[routing.token_ids_N]
-            routing = dataclasses.replace(routing, expert_ids_N=torch.where(routed_N, routing.expert_ids_N, -1))
         else:
             kept_T = mask_T.nonzero().flatten()
             compact = self._checked(self.router(x_TD[kept_T]), len(kept_T))
@@ -208,7 +248,8 @@ class MoE(nn.Module):
         return routing.weights_N
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"last_stats": None, "loss_sink": None}
+        left = {"last_stats": None, "loss_sink": None, "observers": [], "stats_group": None, "token_ids": None}
+        return self.__dict__ | left
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, backend={self.backend!r}"
@@ -247,7 +288,7 @@ def _build_router(
         raise ValueError("router_options are for a router given by name; give yours its options itself")
     if isinstance(router, str):
         cls = get_router(router)
-        known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        known = option_names(cls)
         for option in options or {}:
             if option not in known:
                 raise unknown_name(f"option of router {router!r}", option, known)

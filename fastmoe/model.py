@@ -4,12 +4,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastmoe.layer import MoE
 from fastmoe.monitor import LayerStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
@@ -37,6 +41,16 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
         raise ValueError(f"scale must be a finite number or a tensor of no dimension, got {scale!r}")
     for layer in moe_layers(model).values():
         layer.aux_loss_scale = scale
+
+
+def set_stats_group(model: nn.Module, group: "ProcessGroup | None") -> None:
+    """The processes whose common batch balance losses and capacities are of; None: all that `torch.distributed` knows.
+
+    Only in training, and for routers with `stats_scope="global"`. Every process of the group must run every MoE layer
+    equally often.
+    """
+    for layer in moe_layers(model).values():
+        layer.stats_group = group
 
 
 @dataclass(frozen=True)

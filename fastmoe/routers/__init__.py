@@ -1,8 +1,10 @@
 """Routers: each decides which experts a token goes to, and with what weight."""
 
-from fastmoe.routers.base import ROUTERS, Router, RouterLinear, get_router, register_router
-from fastmoe.routers.losses import load_balance_loss, z_loss
+from fastmoe.routers.base import ROUTERS, Router, RouterLinear, get_router, option_names, register_router
+from fastmoe.routers.context import RoutingContext
+from fastmoe.routers.losses import cv_squared, load_balance_loss, z_loss
 from fastmoe.routers.routing import Routing, check_routing
+from fastmoe.routers.token_choice import TokenChoiceRouter
 from fastmoe.routers.topk import TopKRouter
 
 __all__ = [
@@ -10,10 +12,14 @@ __all__ = [
     "Router",
     "RouterLinear",
     "Routing",
+    "RoutingContext",
+    "TokenChoiceRouter",
     "TopKRouter",
     "check_routing",
+    "cv_squared",
     "get_router",
     "load_balance_loss",
+    "option_names",
     "register_router",
     "z_loss",
 ]

@@ -1,5 +1,6 @@
 """`Router`: the interface, its linear map, and the table of names."""
 
+import inspect
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoe._errors import check_int, unknown_name
+from fastmoe._processes import ALONE, Processes
+from fastmoe.routers.context import RoutingContext
 from fastmoe.routers.routing import Routing
 
 
@@ -36,12 +39,21 @@ class Router(nn.Module):
     `self.num_experts` and `self.top_k`. It knows nothing of processes or kernels.
 
     Attributes:
-        takes_token_mask: a subclass that sets this gets `forward(x_TD, token_mask_T)` where the layer was given a
-            token mask (bool, False tokens are zeros and must count in no loss). Any other router is then called with
-            the True tokens alone, which on a GPU waits for the device to know how many they are.
+        takes_context: a subclass that sets this gets `forward(x_TD, context)`, a `RoutingContext`: padding is then among
+            the tokens, as zeros. Any other router is called with the tokens that are not padding alone, which on a GPU
+            waits for the device to know how many they are.
+        needs_token_ids: the router decides by `context.token_ids_T`; set it together with `takes_context`.
+        has_proj: whether the router has the linear map.
+        own_init: whether `reset_parameters` gives weights that a model's own initialisation should leave alone.
+        stats_scope: "global": balance losses and capacity are those of the batch of all processes in training;
+            "local": of this process's.
     """
 
-    takes_token_mask: ClassVar[bool] = False
+    takes_context: ClassVar[bool] = False
+    needs_token_ids: ClassVar[bool] = False
+    has_proj: ClassVar[bool] = True
+    own_init: ClassVar[bool] = False
+    stats_scope: str = "global"
 
     def __init__(self, d_model: int, num_experts: int, top_k: int = 2) -> None:
         super().__init__()
@@ -50,11 +62,17 @@ class Router(nn.Module):
         self.top_k = check_int("top_k", top_k, 1)
         if top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts, got top_k={top_k} of {num_experts} experts")
-        self.proj = RouterLinear(d_model, num_experts)
+        if self.has_proj:
+            self.proj = RouterLinear(d_model, num_experts)
 
     def reset_parameters(self) -> None:
         """Initialise the linear map as `nn.Linear` does."""
-        self.proj.reset_parameters()
+        if self.has_proj:
+            self.proj.reset_parameters()
+
+    def processes(self, context: RoutingContext) -> Processes:
+        """Those whose batch this router's losses and capacity are of."""
+        return context.processes if self.stats_scope == "global" else ALONE
 
     def forward(self, x_TD: Tensor) -> Routing:
         raise TypeError(f"{type(self).__name__} must define forward(x_TD) -> fastmoe.Routing")
@@ -90,3 +108,14 @@ def get_router(name: str) -> type[Router]:
     if name not in ROUTERS:
         raise unknown_name("router", name, ROUTERS)
     return ROUTERS[name]
+
+
+def option_names(cls: type[Router]) -> list[str]:
+    """The keyword arguments of a router's constructor, those that it hands on to its base classes included."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        names += [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return names

@@ -20,6 +20,7 @@ class Routing:
         losses: balance losses by name; scalars, already weighted, with gradient.
         scores_TE: the router's scores, for statistics only; or None.
         dropped: how many choices were dropped for lack of capacity: int, or an int tensor of no dimension.
+        demand_E: int64, how many rows chose each expert before some were dropped; None where none can be.
         rows_per_token: K if rows stand token by token, K for each; else 0. It only makes kernels faster.
     """
 
@@ -31,6 +32,7 @@ class Routing:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     scores_TE: Tensor | None = None
     dropped: int | Tensor = 0
+    demand_E: Tensor | None = None
     rows_per_token: int = 0
 
     @classmethod

@@ -1,0 +1,89 @@
+"""What routers and monitors may ask of the other processes: sums and gathered rows, nothing else."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a batch; `group` is None where there is only this one.
+
+    Their batch is the rows of rank 0, then those of rank 1, and so on.
+    """
+
+    group: "dist.ProcessGroup | None" = None
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, group: "dist.ProcessGroup | None" = None) -> "Processes":
+        """Those of `group`; of None all, if `torch.distributed` is set up, as with PyTorch's own modules."""
+        if not dist.is_available() or not dist.is_initialized():
+            return ALONE
+        size = dist.get_world_size(group)
+        return ALONE if size == 1 else cls(group or dist.group.WORLD, dist.get_rank(group), size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """`x` summed over all processes, without gradient."""
+        if self.group is None:
+            return x
+        x = x.detach().clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def sum_for_loss(self, x: Tensor) -> Tensor:
+        """`x` summed over all processes, for a loss that every process then computes alike.
+
+        The gradient is scaled by the number of processes, so that the mean of all processes' gradients, as DDP and
+        FSDP take it, is the gradient of that loss. Backward needs no communication.
+        """
+        return x if self.group is None else _SumForLoss.apply(x, self)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every process's `x`, which must have one shape everywhere, stacked by rank: `(size, *shape)`; no gradient."""
+        if self.group is None:
+            return x.detach().unsqueeze(0)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.detach().contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def before(self, x: Tensor) -> Tensor:
+        """`x` summed over the processes of lower rank, without gradient."""
+        return self.gather(x)[: self.rank].sum(0, dtype=x.dtype)
+
+    def gather_rows(self, x: Tensor) -> tuple[Tensor, slice]:
+        """The rows of the whole batch, without gradient, and which of them are this process's.
+
+        Processes may have different numbers of rows; to learn them waits for the device.
+        """
+        if self.group is None:
+            return x.detach(), slice(0, len(x))
+        lengths = self.gather(torch.tensor(len(x), device=x.device)).tolist()
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x.detach()
+        parts = self.gather(padded)
+        start = sum(lengths[: self.rank])
+        rows = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return rows, slice(start, start + len(x))
+
+
+ALONE = Processes()
+
+
+class _SumForLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, processes: Processes) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=processes.group)
+        return x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.size = inputs[1].size
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad * ctx.size, None
