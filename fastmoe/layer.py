@@ -47,8 +47,9 @@ class MoE(nn.Module):
     """A Mixture-of-Experts layer: a router sends each token to K of E experts and sums what they return.
 
     `y = sum over the chosen experts e of weight_e(x) * expert_e(x)`, plus the shared expert where there is one. Every
-    routed row is computed: unless the router has a capacity, nothing is dropped or padded. In training the router's balance losses are attached
-    to the output's autograd graph: their gradient flows, the output's value is untouched, user code does nothing.
+    routed row is computed: unless the router has a capacity, nothing is dropped or padded. In training the router's
+    balance losses are attached to the output's autograd graph: their gradient flows, the output's value is untouched,
+    user code does nothing.
 
     Args:
         d_model: D, width of the tokens.
@@ -248,8 +249,8 @@ class MoE(nn.Module):
         return routing.weights_N
 
     def __getstate__(self) -> dict[str, Any]:
-        left = {"last_stats": None, "loss_sink": None, "observers": [], "stats_group": None, "token_ids": None}
-        return self.__dict__ | left
+        left = ("last_stats", "loss_sink", "stats_group", "token_ids")
+        return self.__dict__ | dict.fromkeys(left) | {"observers": []}
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, backend={self.backend!r}"

@@ -20,8 +20,8 @@ class DropoutMoE(MoE):
         super().__init__(d_model, num_experts, top_k, **options)
         self.output_dropout = output_dropout
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        return self.output_dropout(super().forward(x, token_mask))
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
+        return self.output_dropout(super().forward(x, token_mask, token_ids))
 
 
 @dataclass(frozen=True)

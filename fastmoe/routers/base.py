@@ -39,9 +39,9 @@ class Router(nn.Module):
     `self.num_experts` and `self.top_k`. It knows nothing of processes or kernels.
 
     Attributes:
-        takes_context: a subclass that sets this gets `forward(x_TD, context)`, a `RoutingContext`: padding is then among
-            the tokens, as zeros. Any other router is called with the tokens that are not padding alone, which on a GPU
-            waits for the device to know how many they are.
+        takes_context: a subclass that sets this gets `forward(x_TD, context)`, a `RoutingContext`: padding is then
+            among the tokens, as zeros. Any other router is called with the tokens that are not padding alone, which on
+            a GPU waits for the device to know how many they are.
         needs_token_ids: the router decides by `context.token_ids_T`; set it together with `takes_context`.
         has_proj: whether the router has the linear map.
         own_init: whether `reset_parameters` gives weights that a model's own initialisation should leave alone.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastmoe
-from fastmoe.routers import TopKRouter, load_balance_loss, z_loss
+from fastmoe.routers import RoutingContext, TopKRouter, load_balance_loss, z_loss
 
 
 def by_hand(logits_TE, top_k, counted):
@@ -30,7 +30,7 @@ def test_losses_are_the_papers(top_k, masked):
     router = TopKRouter(6, 4, top_k, aux_loss_weight=0.5, z_loss_weight=0.25).double()
     x = torch.randn(9, 6, dtype=torch.float64)
     mask = torch.tensor([True, False] * 4 + [True]) if masked else None
-    routing = router(x, mask)
+    routing = router(x, RoutingContext(mask))
     counted = [t for t in range(9) if mask is None or mask[t]]
     balance, z = by_hand(x @ router.proj.weight.T, top_k, counted)
     assert routing.losses["load_balance"].item() == pytest.approx(0.5 * balance, rel=1e-12)
