@@ -35,8 +35,7 @@ def batch(tokens, rank):
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2)]
 
 
-def backward(model, tokens, rank):
-    x, upstream = batch(tokens, rank)
+def backward(model, x, upstream):
     (model(x) * upstream).sum().backward()
 
 
@@ -50,7 +49,7 @@ def worker(rank, folder):
             parallel = DistributedDataParallel(model)
             for _ in range(2):  # DDP notices a parameter without gradient at the next forward pass
                 model.zero_grad()
-                backward(parallel, tokens, rank)
+                backward(parallel, *batch(tokens, rank))
             grads[f"{kind} {tokens}"] = {name: p.grad for name, p in model.named_parameters()}
     torch.save(grads, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -72,19 +71,16 @@ def computed(tmp_path_factory):
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_gradients_are_the_mean_over_processes(computed, kind, tokens):
-    alone = []
-    for rank in range(WORLD):
-        model = build(kind)
-        backward(model, tokens, rank)
-        alone.append({name: p.grad for name, p in model.named_parameters()})
+def test_gradients_are_those_of_the_whole_batch(computed, kind, tokens):
+    """One process with all tokens; DDP takes the mean over processes, so its main loss is divided by their number."""
+    whole = [torch.cat(parts) for parts in zip(*(batch(tokens, rank) for rank in range(WORLD)), strict=True)]
+    model = build(kind)
+    backward(model, whole[0], whole[1] / WORLD)
     for rank in range(WORLD):
         together = computed[rank][f"{kind} {tokens}"]
-        assert together.keys() == alone[0].keys()
-        for name, grad in together.items():
-            torch.testing.assert_close(
-                grad, (alone[0][name] + alone[1][name]) / WORLD, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        assert together.keys() == {name for name, _ in model.named_parameters()}
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(together[name], param.grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
 if __name__ == "__main__":
