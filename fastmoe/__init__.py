@@ -4,8 +4,9 @@ from fastmoe import kernels, routers
 from fastmoe.convert import moefy
 from fastmoe.kernels import backends
 from fastmoe.layer import MoE
+from fastmoe.mmoe import MMoE
 from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, set_stats_group, stats
-from fastmoe.monitor import LayerStats
+from fastmoe.monitor import LayerStats, TaskStats
 from fastmoe.parameters import Summary, summary
 from fastmoe.routers import Router, Routing, register_router
 
@@ -15,10 +16,12 @@ __all__ = [
     "AuxLoss",
     "AuxLosses",
     "LayerStats",
+    "MMoE",
     "MoE",
     "Router",
     "Routing",
     "Summary",
+    "TaskStats",
     "backends",
     "collect_aux_losses",
     "kernels",

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastmoe import kernels
+from fastmoe._device import on_device
 from fastmoe._errors import check_int, unknown_name
 from fastmoe._processes import ALONE, Processes
 from fastmoe.dispatch import LocalDispatcher
@@ -115,7 +115,7 @@ class MoE(nn.Module):
         self.stats_group: ProcessGroup | None = None
         self.token_ids: Tensor | None = None
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "dropout": dropout}
-        with _on(device):
+        with on_device(device):
             self.router = _build_router(router, router_options, d_model, num_experts, top_k).to(device, dtype)
             self.experts: MLPExperts | ModuleExperts
             if expert is None:
@@ -276,10 +276,6 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N: Tensor):  # type: ignore[no-untyped-def]
         return grad_N, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device) * ctx.scale, None
-
-
-def _on(device: torch.device | str | None) -> AbstractContextManager[object]:
-    return nullcontext() if device is None else torch.device(device)
 
 
 def _build_router(

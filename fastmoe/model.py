@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe.layer import MoE
-from fastmoe.monitor import LayerStats
+from fastmoe.mmoe import MMoE
+from fastmoe.monitor import LayerStats, TaskStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,12 +22,15 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
-def stats(model: nn.Module) -> dict[str, LayerStats]:
-    """What each MoE layer's last forward pass did, by layer name: load, dropped choices, losses, entropy, dead experts.
+def stats(model: nn.Module) -> dict[str, LayerStats | TaskStats]:
+    """What each layer's last forward pass did, by layer name.
 
-    Nothing waits for the device until a figure is read. Layers that have not run yet are left out.
+    Of an MoE layer, `LayerStats`: load, dropped choices, losses, entropy, dead experts. Of an MMoE layer, `TaskStats`:
+    how much each task used each expert. Nothing waits for the device until a figure is read. Layers that have not run
+    yet are left out.
     """
-    return {name: layer.last_stats for name, layer in moe_layers(model).items() if layer.last_stats is not None}
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, MoE | MMoE))
+    return {name: layer.last_stats for name, layer in layers if layer.last_stats is not None}
 
 
 def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:

@@ -1,17 +1,21 @@
 """Experts: rows grouped by expert in, rows out. They know nothing of routing."""
 
+from fastmoe.experts.dense import DenseExperts, DenseModules
 from fastmoe.experts.mlp import ActivationLike, MLPExperts, check_activation, check_dropout
-from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts
+from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts, build_modules
 from fastmoe.experts.reset import reset_where_possible
 from fastmoe.experts.shared import SharedExpert
 
 __all__ = [
     "ActivationLike",
+    "DenseExperts",
+    "DenseModules",
     "ExpertLike",
     "MLPExperts",
     "ModuleExperts",
     "SharedExpert",
     "build_experts",
+    "build_modules",
     "check_activation",
     "check_dropout",
     "reset_where_possible",

@@ -95,27 +95,32 @@ class _ZeroGrad(torch.autograd.Function):
 
 
 def build_experts(expert: ExpertLike, num_experts: int) -> list[nn.Module]:
-    """The E modules that `fastmoe.MoE(expert=...)` stands for.
+    """The E modules that `fastmoe.MoE(expert=...)` stands for."""
+    return build_modules(expert, num_experts)
 
-    A module is deep-copied E times, and each copy re-initialised where it can; a callable is called E times; a list
-    gives each expert, as a module (used as it is) or a callable (called once).
+
+def build_modules(given: ExpertLike, number: int, role: str = "expert", each: str = "expert") -> list[nn.Module]:
+    """As many modules as asked for, from one of the forms in which a user gives them.
+
+    A module is deep-copied, and each copy re-initialised where it can; a callable is called for each one; a list gives
+    each one, as a module (used as it is) or a callable (called once). `role` and `each` are words for messages.
     """
-    if isinstance(expert, nn.Module) and not isinstance(expert, nn.ModuleList):
-        copies = [copy.deepcopy(expert) for _ in range(num_experts)]
+    if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList):
+        copies = [copy.deepcopy(given) for _ in range(number)]
         for module in copies:
             reset_where_possible(module)
         return copies
-    if isinstance(expert, Sequence | nn.ModuleList) and not isinstance(expert, str):
-        if len(expert) != num_experts:
-            raise ValueError(f"expert must list one module for each of {num_experts} experts, got {len(expert)}")
-        return [_one(entry) for entry in expert]
-    return [_one(expert) for _ in range(num_experts)]
+    if isinstance(given, Sequence | nn.ModuleList) and not isinstance(given, str):
+        if len(given) != number:
+            raise ValueError(f"{role} must list one module for each of {number} {each}s, got {len(given)}")
+        return [_one(entry, role) for entry in given]
+    return [_one(given, role) for _ in range(number)]
 
 
-def _one(entry: object) -> nn.Module:
+def _one(entry: object, role: str) -> nn.Module:
     if isinstance(entry, nn.Module):
         return entry
     module = entry() if callable(entry) else entry
     if not isinstance(module, nn.Module):
-        raise ValueError(f"an expert must be an nn.Module, or a callable that returns one; got {module!r}")
+        raise ValueError(f"each {role} must be an nn.Module, or a callable that returns one; got {module!r}")
     return module

@@ -1,5 +1,6 @@
 """Load statistics."""
 
 from fastmoe.monitor.stats import LayerStats, mean_entropy
+from fastmoe.monitor.tasks import TaskStats
 
-__all__ = ["LayerStats", "mean_entropy"]
+__all__ = ["LayerStats", "TaskStats", "mean_entropy"]

@@ -133,8 +133,10 @@ class Trainer:
     def expert_load(self) -> list[list[float]]:
         """Share of the last forward pass's rows that each expert got, over all processes, by layer."""
         loads = []
-        for layer in fastmoe.stats(self.model).values():
-            counts_E = self.world.sum(layer.counts.to(self.world.device, torch.float32))
+        for layer in fastmoe.moe_layers(self.model).values():
+            if layer.last_stats is None:
+                continue
+            counts_E = self.world.sum(layer.last_stats.counts.to(self.world.device, torch.float32))
             loads.append((counts_E / counts_E.sum().clamp(min=1)).tolist())
         return loads
 
