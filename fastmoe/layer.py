@@ -12,7 +12,7 @@ from fastmoe import kernels
 from fastmoe._device import on_device
 from fastmoe._errors import check_int, unknown_name
 from fastmoe._processes import ALONE, Processes
-from fastmoe.dispatch import LocalDispatcher
+from fastmoe.dispatch import LocalDispatcher, from_slots, to_slots
 from fastmoe.experts import (
     ActivationLike,
     ExpertLike,
@@ -23,7 +23,7 @@ from fastmoe.experts import (
     reset_where_possible,
 )
 from fastmoe.monitor import LayerStats, mean_entropy
-from fastmoe.routers import Router, Routing, RoutingContext, check_routing, get_router, option_names
+from fastmoe.routers import Router, Routing, RoutingContext, SoftRouting, check_routing, get_router, option_names
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +40,7 @@ class LossSink(Protocol):
 class Observer(Protocol):
     """Watches a layer's forward passes; see `fastmoe.LoadMonitor`."""
 
-    def observe(self, routing: Routing, offsets_E: Tensor, token_mask_T: Tensor | None) -> None: ...
+    def observe(self, routing: Routing | SoftRouting, offsets_E: Tensor, token_mask_T: Tensor | None) -> None: ...
 
 
 class MoE(nn.Module):
@@ -165,16 +165,17 @@ class MoE(nn.Module):
             x_TD = torch.where(mask_T.unsqueeze(1), x_TD, 0)
         context = self._context(x, mask_T, token_ids)
         routing, entropy = self._route(x_TD, context)
-        plan = kernels.plan(routing.expert_ids_N, self.num_experts, backend=self.backend)
-        weights_N = self._hand_over_losses(routing)
-        y_TO = self._compute(x_TD, routing, weights_N, plan)
+        if isinstance(routing, SoftRouting):
+            y_TO, offsets_E = self._compute_soft(x_TD, routing)
+        else:
+            y_TO, offsets_E = self._compute(x_TD, routing)
         if self.shared is not None:
             shared_TO = self.shared(x_TD)
             y_TO = y_TO + (shared_TO if mask_T is None else torch.where(mask_T.unsqueeze(1), shared_TO, 0))
         losses = {name: loss.detach() for name, loss in routing.losses.items()}
-        self.last_stats = LayerStats(plan.offsets_E, routing.dropped, losses, entropy)
+        self.last_stats = LayerStats(offsets_E, routing.dropped, losses, entropy)
         for observer in self.observers:
-            observer.observe(routing, plan.offsets_E, mask_T)
+            observer.observe(routing, offsets_E, mask_T)
         return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
     def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -211,34 +212,52 @@ class MoE(nn.Module):
             )
         return ids.reshape(-1)
 
-    def _route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Routing, Tensor | None]:
+    def _route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Routing | SoftRouting, Tensor | None]:
         """The router's checked answer for all T tokens, and the mean entropy of its scores."""
         mask_T = context.token_mask_T
+        routing: Routing | SoftRouting
         if getattr(self.router, "takes_context", False):
             routing = self._checked(self.router(x_TD, context), len(x_TD))
             if mask_T is not None:
-                routed_N = mask_T[routing.token_ids_N]
-                routing = dataclasses.replace(routing, expert_ids_N=torch.where(routed_N, routing.expert_ids_N, -1))
+                routing = routing.masked(mask_T)
         elif mask_T is None:
             routing = self._checked(self.router(x_TD), len(x_TD))
         else:
-            kept_T = mask_T.nonzero().flatten()
-            compact = self._checked(self.router(x_TD[kept_T]), len(kept_T))
-            token_ids_N = kept_T[compact.token_ids_N]
-            routing = dataclasses.replace(compact, token_ids_N=token_ids_N, num_tokens=len(x_TD), rows_per_token=0)
+            routing = self._route_kept(x_TD, mask_T)
             mask_T = None
         return routing, None if routing.scores_TE is None else mean_entropy(routing.scores_TE, mask_T)
 
-    def _checked(self, routing: Routing, num_tokens: int) -> Routing:
+    def _route_kept(self, x_TD: Tensor, mask_T: Tensor) -> Routing:
+        """The answer of a router that knows no padding, asked for the tokens that are not."""
+        kept_T = mask_T.nonzero().flatten()
+        compact = self._checked(self.router(x_TD[kept_T]), len(kept_T))
+        if isinstance(compact, SoftRouting):
+            raise ValueError("a router that answers a SoftRouting must set takes_context, to know padding")
+        token_ids_N = kept_T[compact.token_ids_N]
+        return dataclasses.replace(compact, token_ids_N=token_ids_N, num_tokens=len(x_TD), rows_per_token=0)
+
+    def _checked(self, routing: Routing | SoftRouting, num_tokens: int) -> Routing | SoftRouting:
         check_routing(routing, num_tokens, self.num_experts, check_ids=self.check, check_finite=self.check)
         return routing
 
-    def _compute(self, x_TD: Tensor, routing: Routing, weights_N: Tensor, plan: kernels.Plan) -> Tensor:
+    def _compute(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """`(T, O)`, each token's weighted sum, and where each expert's rows ended, int32 `(E,)`."""
         experts = self.experts
+        plan = kernels.plan(routing.expert_ids_N, self.num_experts, backend=self.backend)
+        weights_N = self._hand_over_losses(routing)
         if isinstance(experts, MLPExperts) and experts.fused:
-            return experts.routed(x_TD, routing.token_ids_N, weights_N, plan, routing.rows_per_token)
-        sent = self.dispatcher.dispatch(x_TD, routing.token_ids_N, weights_N, plan)
-        return self.dispatcher.combine(experts(sent.rows_RD, sent.offsets_e), sent)
+            y_TO = experts.routed(x_TD, routing.token_ids_N, weights_N, plan, routing.rows_per_token)
+        else:
+            sent = self.dispatcher.dispatch(x_TD, routing.token_ids_N, weights_N, plan)
+            y_TO = self.dispatcher.combine(experts(sent.rows_RD, sent.offsets_e), sent)
+        return y_TO, plan.offsets_E
+
+    def _compute_soft(self, x_TD: Tensor, routing: SoftRouting) -> tuple[Tensor, Tensor]:
+        """As `_compute`; every expert computes all its slots."""
+        rows_RD = to_slots(x_TD, routing.dispatch_BSL, self.num_experts)
+        ends_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device)
+        offsets_E = ends_E * (len(rows_RD) // self.num_experts)
+        return from_slots(self.experts(rows_RD, offsets_E), routing.combine_BSL, self.num_experts), offsets_E
 
     def _hand_over_losses(self, routing: Routing) -> Tensor:
         """The routing weights, with the balance losses attached unless a sink takes them."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastmoe.layer import MoE
 from fastmoe.model import moe_layers
+from fastmoe.routers import SoftRouter
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def summary(model: nn.Module) -> Summary:
     """Total and active parameters of a model and of each of its MoE layers. `print` it for a table.
 
     Active parameters are those that one token uses: everything outside the routed experts, and of each MoE layer
-    top_k experts of average size. Parameters used at several places count once.
+    top_k experts of average size; all of them where the router is soft. Parameters used at several places count once.
     """
     layers = tuple(_layer_summary(name, layer) for name, layer in moe_layers(model).items())
     total = sum(p.numel() for p in model.parameters())
@@ -56,5 +57,6 @@ def summary(model: nn.Module) -> Summary:
 def _layer_summary(name: str, layer: MoE) -> LayerSummary:
     total = sum(p.numel() for p in layer.parameters())
     per_expert = layer.experts.parameters_per_expert()
-    idle = round(sum(per_expert) * (1 - layer.top_k / layer.num_experts))
-    return LayerSummary(name, layer.num_experts, layer.top_k, total, total - idle)
+    used = layer.num_experts if isinstance(layer.router, SoftRouter) else layer.top_k
+    idle = round(sum(per_expert) * (1 - used / layer.num_experts))
+    return LayerSummary(name, layer.num_experts, used, total, total - idle)

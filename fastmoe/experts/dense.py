@@ -64,8 +64,9 @@ class DenseExperts(nn.Module):
         """What every expert makes of every token: `(T, E, O)`."""
         w1_MD, b1_M = self.w1.flatten(0, 1), None if self.b1 is None else self.b1.flatten()
         pre_NH = F.linear(x_TD, w1_MD, b1_M).reshape(len(x_TD) * self.num_experts, self.w1.shape[1])
-        named = isinstance(self.activation, str)
-        hidden_NH = kernels.activate(self.activation, pre_NH) if named else self.activation(pre_NH)  # type: ignore
+        hidden_NH = (
+            kernels.activate(self.activation, pre_NH) if isinstance(self.activation, str) else self.activation(pre_NH)
+        )
         hidden_ETH = hidden_NH.view(len(x_TD), self.num_experts, self.d_hidden).transpose(0, 1)
         w2_EHO = self.w2.transpose(1, 2)
         if self.b2 is None:

@@ -3,7 +3,8 @@
 from fastmoe.routers.base import ROUTERS, Router, RouterLinear, get_router, option_names, register_router
 from fastmoe.routers.context import RoutingContext
 from fastmoe.routers.losses import cv_squared, load_balance_loss, z_loss
-from fastmoe.routers.routing import Routing, check_routing
+from fastmoe.routers.routing import Routing, SoftRouting, check_routing
+from fastmoe.routers.soft import SoftRouter
 from fastmoe.routers.token_choice import TokenChoiceRouter
 from fastmoe.routers.topk import TopKRouter
 
@@ -13,6 +14,8 @@ __all__ = [
     "RouterLinear",
     "Routing",
     "RoutingContext",
+    "SoftRouter",
+    "SoftRouting",
     "TokenChoiceRouter",
     "TopKRouter",
     "check_routing",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmoe._errors import check_int, unknown_name
 from fastmoe._processes import ALONE, Processes
 from fastmoe.routers.context import RoutingContext
-from fastmoe.routers.routing import Routing
+from fastmoe.routers.routing import Routing, SoftRouting
 
 
 class RouterLinear(nn.Linear):
@@ -74,7 +74,7 @@ class Router(nn.Module):
         """Those whose batch this router's losses and capacity are of."""
         return context.processes if self.stats_scope == "global" else ALONE
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor) -> Routing | SoftRouting:
         raise TypeError(f"{type(self).__name__} must define forward(x_TD) -> fastmoe.Routing")
 
     def extra_repr(self) -> str:

@@ -1,7 +1,9 @@
 """`Routing`: what a router returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +77,45 @@ class Routing:
             rows_per_token=top_k,
         )
 
+    def masked(self, token_mask_T: Tensor) -> "Routing":
+        """The same with the rows of False tokens dropped, though not counted as such."""
+        return replace(self, expert_ids_N=torch.where(token_mask_T[self.token_ids_N], self.expert_ids_N, -1))
+
+
+@dataclass(frozen=True)
+class SoftRouting:
+    """Every slot of every expert takes a weighted mean of a sequence's tokens, every token one of its slots' outputs.
+
+    Attributes:
+        dispatch_BSL: floating, the weight of token s in the input of slot l, for B sequences of S tokens; slots stand
+            expert by expert, L = E * p; differentiable.
+        combine_BSL: floating, the weight of slot l's output in the output of token s; differentiable.
+        num_tokens: T = B * S.
+        num_experts: E, of the whole layer.
+        slots_per_expert: p.
+        losses, dropped, demand_E: as of a `Routing` without losses and capacity, for who watches both kinds.
+    """
+
+    losses: ClassVar[Mapping[str, Tensor]] = MappingProxyType({})
+    dropped: ClassVar[int] = 0
+    demand_E: ClassVar[None] = None
+    dispatch_BSL: Tensor
+    combine_BSL: Tensor
+    num_tokens: int
+    num_experts: int
+    slots_per_expert: int
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """The weight of each expert's slots together in each token's output, for statistics."""
+        combine_TEp = self.combine_BSL.reshape(self.num_tokens, self.num_experts, self.slots_per_expert)
+        return combine_TEp.sum(2)
+
+    def masked(self, token_mask_T: Tensor) -> "SoftRouting":
+        """The same where False tokens get nothing from any slot."""
+        mask_BS1 = token_mask_T.view(*self.combine_BSL.shape[:2], 1)
+        return replace(self, combine_BSL=torch.where(mask_BS1, self.combine_BSL, 0))
+
 
 def check_routing(
     routing: object, num_tokens: int, num_experts: int, *, check_ids: bool = True, check_finite: bool = True
@@ -85,13 +126,16 @@ def check_routing(
     `check_ids` asks for token and expert ids in range, `check_finite` for finite weights, scores and losses; both look
     at the numbers, which on a GPU waits for the device.
     """
-    if not isinstance(routing, Routing):
+    if not isinstance(routing, Routing | SoftRouting):
         raise ValueError(f"a router must return a fastmoe.Routing, got {type(routing).__name__}")
     if (routing.num_tokens, routing.num_experts) != (num_tokens, num_experts):
         raise ValueError(
             f"the layer has {num_tokens} tokens and {num_experts} experts, "
             f"the router answered for {routing.num_tokens} and {routing.num_experts}"
         )
+    if isinstance(routing, SoftRouting):
+        _check_soft(routing, check_finite)
+        return
     rows = (len(routing.token_ids_N),)
     for name, tensor in (("token_ids_N", routing.token_ids_N), ("expert_ids_N", routing.expert_ids_N)):
         if tensor.shape != rows or tensor.dtype != torch.int64:
@@ -109,7 +153,22 @@ def check_routing(
     if check_ids or (routing.token_ids_N.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_token_ids(routing)
     if check_finite:
-        _check_finite(routing)
+        named = {"weights": routing.weights_N, "scores": routing.scores_TE}
+        _check_finite(named | {f"{name} loss": loss for name, loss in routing.losses.items()})
+
+
+def _check_soft(routing: SoftRouting, check_finite: bool) -> None:
+    num_slots = routing.num_experts * routing.slots_per_expert
+    named = {"dispatch weights": routing.dispatch_BSL, "combine weights": routing.combine_BSL}
+    for name, weights in named.items():
+        fits = weights.dim() == 3 and weights.shape[2] == num_slots and weights[..., 0].numel() == routing.num_tokens
+        if not fits or weights.shape != routing.dispatch_BSL.shape or not weights.is_floating_point():
+            raise ValueError(
+                f"a router's {name} must be floating (B, S, {num_slots}), one for each slot, of {routing.num_tokens} "
+                f"tokens in B sequences; got {weights.dtype} {tuple(weights.shape)}"
+            )
+    if check_finite:
+        _check_finite(named)
 
 
 def _check_losses_and_scores(routing: Routing) -> None:
@@ -131,9 +190,7 @@ def _check_token_ids(routing: Routing) -> None:
         raise ValueError(f"rows_per_token={routing.rows_per_token}, but the rows do not stand token by token")
 
 
-def _check_finite(routing: Routing) -> None:
-    named = {"weights": routing.weights_N, "scores": routing.scores_TE}
-    named |= {f"{name} loss": loss for name, loss in routing.losses.items()}
+def _check_finite(named: Mapping[str, Tensor | None]) -> None:
     for name, tensor in named.items():
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
