@@ -44,6 +44,11 @@ class Recipe:
                 raise unknown_name("moefy option", name, ["target", "init", "every", "d_model", *known])
         if self.upcycles and self.options.get("expert") is not None:
             raise ValueError("init='upcycle' makes the experts from the dense block; give expert= with init='random'")
+        if self.upcycles and self.options.get("router") == "soft":
+            raise ValueError(
+                "init='upcycle' keeps the model's outputs, and a soft router gives experts means of tokens in their "
+                "place; use router='soft' with init='random'"
+            )
 
     @property
     def upcycles(self) -> bool:

@@ -22,6 +22,7 @@ gelu_block = CASES["nanogpt_no_bias"].make
         ({"activation": "relu"}, "which has activation='gelu'; got activation='relu'"),
         ({"bias": True}, "which has bias=False; got bias=True"),
         ({"expert": lambda: nn.Linear(D, D)}, "give expert= with init='random'"),
+        ({"router": "soft"}, "use router='soft' with init='random'"),
         ({"router_options": {"normalize": False}}, "must sum to 1"),
         ({"router_options": {"normalise": True}}, "Did you mean 'normalize'"),
         ({"router": "topq"}, "Did you mean 'topk'"),
