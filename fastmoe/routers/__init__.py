@@ -2,20 +2,26 @@
 
 from fastmoe.routers.base import ROUTERS, Router, RouterLinear, get_router, option_names, register_router
 from fastmoe.routers.context import RoutingContext
+from fastmoe.routers.gshard import GShardRouter
 from fastmoe.routers.losses import cv_squared, load_balance_loss, z_loss
+from fastmoe.routers.noisy_topk import NoisyTopKRouter
 from fastmoe.routers.routing import Routing, SoftRouting, check_routing
 from fastmoe.routers.soft import SoftRouter
+from fastmoe.routers.switch import SwitchRouter
 from fastmoe.routers.token_choice import TokenChoiceRouter
 from fastmoe.routers.topk import TopKRouter
 
 __all__ = [
     "ROUTERS",
+    "GShardRouter",
+    "NoisyTopKRouter",
     "Router",
     "RouterLinear",
     "Routing",
     "RoutingContext",
     "SoftRouter",
     "SoftRouting",
+    "SwitchRouter",
     "TokenChoiceRouter",
     "TopKRouter",
     "check_routing",
