@@ -124,3 +124,33 @@ def test_bad_options(options, message):
 def test_top_k_above_the_number_of_experts():
     with pytest.raises(ValueError, match="top_k must be at most num_experts, got top_k=4 of 3 experts"):
         TopKRouter(4, 3, 4)
+
+
+def slow_choice(scores, num_groups, top_groups, top_k):
+    """The K best experts among those of the best groups, by the sum of each group's two best scores."""
+    size = len(scores) // num_groups
+    value = [sum(sorted(scores[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+    groups = sorted(range(num_groups), key=lambda g: -value[g])[:top_groups]
+    return sorted((e for e in range(len(scores)) if e // size in groups), key=lambda e: -scores[e])[:top_k]
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_after", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (2, 1), (8, 3)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_scores_groups_and_scale(score_function, score_after, groups, normalize):
+    options = {"score_function": score_function, "score_after": score_after, "normalize": normalize, "scale": 2.5}
+    router = TopKRouter(6, 8, 3, num_groups=groups[0], top_groups=groups[1], **options).double()
+    x_TD = torch.randn(9, 6, dtype=torch.float64)
+    routing = router(x_TD)
+    for t, logits in enumerate((x_TD @ router.proj.weight.T).tolist()):
+        exps = [math.exp(v) for v in logits]
+        softmax = [v / sum(exps) for v in exps]
+        scores = softmax if score_function == "softmax" else [1 / (1 + math.exp(-v)) for v in logits]
+        ids = slow_choice(scores, *groups, 3)
+        weights = [scores[e] for e in ids]
+        if score_after and score_function == "softmax":
+            weights = [exps[e] / sum(exps[i] for i in ids) for e in ids]
+        total = sum(weights) if normalize else 1
+        assert routing.expert_ids_N.view(9, 3)[t].tolist() == ids
+        assert routing.weights_N.view(9, 3)[t].tolist() == pytest.approx([2.5 * w / total for w in weights])
