@@ -4,9 +4,10 @@ from fastmoe import kernels, routers
 from fastmoe.convert import moefy
 from fastmoe.kernels import backends
 from fastmoe.layer import MoE
+from fastmoe.load_monitor import LoadMonitor
 from fastmoe.mmoe import MMoE
 from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, set_stats_group, stats
-from fastmoe.monitor import LayerStats, TaskStats
+from fastmoe.monitor import LayerLoad, LayerStats, LoadSnapshot, TaskStats
 from fastmoe.parameters import Summary, summary
 from fastmoe.routers import Router, Routing, register_router
 
@@ -15,7 +16,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AuxLoss",
     "AuxLosses",
+    "LayerLoad",
     "LayerStats",
+    "LoadMonitor",
+    "LoadSnapshot",
     "MMoE",
     "MoE",
     "Router",

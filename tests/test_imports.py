@@ -18,14 +18,14 @@ RANKS = {
     "routers": 2, "experts": 2, "dispatch": 2, "monitor": 2,
     "layer": 3, "mmoe": 3,
     "model": 4,
-    "parameters": 5,
+    "parameters": 5, "load_monitor": 5,
     "parallel": 6,
     "convert": 7, "integrations": 7, "models": 7,
     "train": 8, "bench": 8, "plan": 8,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
-EXTRAS = {"triton", "transformers", "megatron", "matplotlib", "tensorboard", "tyro", "rich", "numpy"}
+EXTRAS = {"triton", "transformers", "megatron", "matplotlib", "tensorboard", "tyro", "rich", "numpy", "plotly"}
 
 
 def imported_modules(source, package):

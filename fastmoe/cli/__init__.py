@@ -27,6 +27,7 @@ COMMANDS = {
         "train",
         ("matplotlib", "numpy", "rich", "tensorboard", "tyro"),
     ),
+    "report": Command("write a run's report as one HTML file", "fastmoe.train.report_command", "train", ("plotly",)),
 }
 
 

@@ -122,6 +122,8 @@ class RunConfig:
     sample_bytes: int = 400
     """Length of the text sampled at the end."""
     tensorboard: bool = True
+    monitor: bool = False
+    """Watch the experts' load: load.jsonl and TensorBoard at every log step, a table and load.png at the end."""
 
     def __post_init__(self) -> None:
         check_at_least(1, log_every=self.log_every, eval_every=self.eval_every, keep_checkpoints=self.keep_checkpoints)

@@ -11,6 +11,7 @@ from fastmoe.train import checkpoint
 from fastmoe.train.config import NAMES, Kind, TrainConfig
 from fastmoe.train.corpus import load_corpus
 from fastmoe.train.display import ProgressDisplay, TensorBoard
+from fastmoe.train.load import LoadObserver
 from fastmoe.train.loop import Observer, StopSignals, train
 from fastmoe.train.report import outcomes, sample_text, table, write_artefacts
 from fastmoe.train.trainer import Trainer
@@ -64,6 +65,8 @@ def train_watched(trainers: list[Trainer], console: Console) -> bool:
     config, world = trainers[0].config, trainers[0].world
     with ExitStack() as stack:
         observers: list[Observer] = []
+        if config.run.monitor:
+            observers.append(stack.enter_context(LoadObserver(trainers, console)))
         if world.is_main:
             observers.append(stack.enter_context(ProgressDisplay(console, trainers)))
             if config.run.tensorboard:
