@@ -10,6 +10,7 @@ from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, se
 from fastmoe.monitor import LayerLoad, LayerStats, LoadSnapshot, TaskStats
 from fastmoe.parameters import Summary, summary
 from fastmoe.routers import Router, Routing, register_router
+from fastmoe.token_ids import feed_token_ids
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "TaskStats",
     "backends",
     "collect_aux_losses",
+    "feed_token_ids",
     "kernels",
     "moe_layers",
     "moefy",

@@ -18,7 +18,7 @@ RANKS = {
     "routers": 2, "experts": 2, "dispatch": 2, "monitor": 2,
     "layer": 3, "mmoe": 3,
     "model": 4,
-    "parameters": 5, "load_monitor": 5,
+    "parameters": 5, "load_monitor": 5, "token_ids": 5,
     "parallel": 6,
     "convert": 7, "integrations": 7, "models": 7,
     "train": 8, "bench": 8, "plan": 8,

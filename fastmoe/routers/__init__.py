@@ -2,8 +2,11 @@
 
 from fastmoe.routers.base import ROUTERS, Router, RouterLinear, get_router, option_names, register_router
 from fastmoe.routers.context import RoutingContext
+from fastmoe.routers.fixed import RandomRouter, RoundRobinRouter, ZeroRouter
 from fastmoe.routers.gshard import GShardRouter
-from fastmoe.routers.losses import cv_squared, load_balance_loss, z_loss
+from fastmoe.routers.hashed import HashRouter
+from fastmoe.routers.loss_free import LossFreeRouter
+from fastmoe.routers.losses import cv_squared, load_balance_loss, sequence_balance_loss, z_loss
 from fastmoe.routers.noisy_topk import NoisyTopKRouter
 from fastmoe.routers.routing import Routing, SoftRouting, check_routing
 from fastmoe.routers.soft import SoftRouter
@@ -14,7 +17,11 @@ from fastmoe.routers.topk import TopKRouter
 __all__ = [
     "ROUTERS",
     "GShardRouter",
+    "HashRouter",
+    "LossFreeRouter",
     "NoisyTopKRouter",
+    "RandomRouter",
+    "RoundRobinRouter",
     "Router",
     "RouterLinear",
     "Routing",
@@ -24,11 +31,13 @@ __all__ = [
     "SwitchRouter",
     "TokenChoiceRouter",
     "TopKRouter",
+    "ZeroRouter",
     "check_routing",
     "cv_squared",
     "get_router",
     "load_balance_loss",
     "option_names",
     "register_router",
+    "sequence_balance_loss",
     "z_loss",
 ]

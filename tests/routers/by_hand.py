@@ -63,9 +63,9 @@ def one_plus_cv_squared(loads):
     return 1 + sum((load - mean) ** 2 for load in loads) / len(loads) / mean**2
 
 
-def assert_same(router, x_TD, mask_T, ids, weights, losses):
+def assert_same(router, x_TD, mask_T, ids, weights, losses, **context):
     """Ids, weights, losses, and the gradient of them all together by x and by every parameter."""
-    routing = router(x_TD, RoutingContext(mask_T))
+    routing = router(x_TD, RoutingContext(mask_T, **context))
     assert routing.expert_ids_N.tolist() == [e for row in ids for e in row]
     assert routing.losses.keys() == losses.keys()
     total, expected = x_TD.sum() * 0, x_TD.sum() * 0
