@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{i}")
-    for path in (ROOT / "README.md", ROOT / "docs" / "concepts.md", ROOT / "docs" / "monitor.md")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "docs" / "concepts.md",
+        ROOT / "docs" / "monitor.md",
+        ROOT / "docs" / "routers.md",
+    )
     for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M))
 ]
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmoe
@@ -26,6 +28,7 @@ OPTIONS = {
 }
 NAMES = sorted(name for name, cls in ROUTERS.items() if cls.__module__.startswith("fastmoe."))
 CASES = [*NAMES, f"topk {BY_WEIGHT}"]
+SHARDED = ["loss_free", "noisy_topk"]
 
 
 def build(case, scope):
@@ -90,7 +93,7 @@ def train(model, parallel, batches, first_token, upstream_scale=1.0):
         (y * upstream).sum().mul(upstream_scale).backward()
         stats = model[1].last_stats
         losses = {name: torch.tensor(loss, dtype=torch.float64) for name, loss in stats.losses.items()}
-        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         seen.append(
@@ -104,6 +107,10 @@ def train(model, parallel, batches, first_token, upstream_scale=1.0):
             }
         )
     return seen
+
+
+def whole(grad):
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
 
 
 mask_of_batch = [None]
@@ -126,6 +133,11 @@ def worker(rank, folder):
                 batches = [batch(sequences, rank, step) for step in range(STEPS)]
                 first_token = sum(shares[:rank]) * LENGTH
                 seen[case, sequences, scope] = train(model, DistributedDataParallel(model), batches, first_token)
+    for case in SHARDED:
+        model = with_mask(build(case, "global"))
+        for part in (model[1], model):
+            fully_shard(part)
+        seen[case, "sharded"] = train(model, model, [batch("uneven", rank, step) for step in range(STEPS)], 9 * rank)
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -152,23 +164,31 @@ def noise_is_put_back(monkeypatch):
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
 
 
+def assert_as_one(both, case, sequences):
+    """Outputs, losses, drops, loads, gradients (of which the mean is taken) and bias updates, step after step."""
+    parts = [[batch(sequences, rank, step) for rank in range(WORLD)] for step in range(STEPS)]
+    batches = [tuple(torch.cat(tensors) for tensors in zip(*ranks, strict=True)) for ranks in parts]
+    model = with_mask(build(case, "global"))
+    for step, expected in enumerate(train(model, model, batches, 0, upstream_scale=1 / WORLD)):
+        torch.testing.assert_close(torch.cat([seen[step]["y"] for seen in both]), expected["y"])
+        for name in ("dropped", "counts"):
+            assert torch.equal(sum(seen[step][name] for seen in both), expected[name]), name
+        for seen in both:
+            for name in ("losses", "grads", "buffers"):
+                torch.testing.assert_close(seen[step][name], expected[name])
+
+
 @needs_gloo
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sequences", SEQUENCES)
 def test_two_processes_are_as_one(computed, case, sequences):
-    """Outputs, losses, drops, loads, gradients (of which DDP takes the mean) and bias updates, step after step."""
-    parts = [[batch(sequences, rank, step) for rank in range(WORLD)] for step in range(STEPS)]
-    whole = [tuple(torch.cat(tensors) for tensors in zip(*both, strict=True)) for both in parts]
-    model = with_mask(build(case, "global"))
-    one = train(model, model, whole, 0, upstream_scale=1 / WORLD)
-    for step, expected in enumerate(one):
-        both = [computed[rank][case, sequences, "global"][step] for rank in range(WORLD)]
-        torch.testing.assert_close(torch.cat([seen["y"] for seen in both]), expected["y"])
-        for name in ("dropped", "counts"):
-            assert torch.equal(sum(seen[name] for seen in both), expected[name]), name
-        for seen in both:
-            for name in ("losses", "grads", "buffers"):
-                torch.testing.assert_close(seen[name], expected[name])
+    assert_as_one([seen[case, sequences, "global"] for seen in computed], case, sequences)
+
+
+@needs_gloo
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_parameters_too(computed, case):
+    assert_as_one([seen[case, "sharded"] for seen in computed], case, "uneven")
 
 
 @needs_gloo
