@@ -11,21 +11,18 @@ brute-force loop runs twice where a run takes seconds: there the ratio of the me
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _machine import machine
 from torch import Tensor, nn
 
-import fastmoe
 from fastmoe import kernels
 
 # T tokens, E experts, D model width, H expert hidden width, K experts chosen per token
@@ -237,30 +234,6 @@ def run(shape: tuple[int, int, int, int, int], dtype: torch.dtype, rounds: int) 
             for name, runs in times.items()
         }
     return row
-
-
-def machine() -> dict:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        cpu = next(
-            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), cpu
-        )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "amx_bf16": "amx_bf16" in (cpuinfo.read_text() if cpuinfo.exists() else ""),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastmoe": fastmoe.__version__,
-        "commit": commit or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def show(row: dict) -> None:

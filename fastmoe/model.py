@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastmoe._backward import backward_pass
 from fastmoe.layer import MoE
 from fastmoe.mmoe import MMoE
 from fastmoe.monitor import LayerStats, TaskStats
@@ -76,10 +77,10 @@ class AuxLosses(list[AuxLoss]):
 
 class _Sink:
     def __init__(self, losses: AuxLosses, name: str) -> None:
-        self.losses, self.name, self.opened_in = losses, name, _backward_pass()
+        self.losses, self.name, self.opened_in = losses, name, backward_pass()
 
     def receive(self, layer: MoE, losses: dict[str, Tensor]) -> None:
-        if not torch.compiler.is_compiling() and _backward_pass() != self.opened_in:
+        if not torch.compiler.is_compiling() and backward_pass() != self.opened_in:
             self._check_recomputed(losses)
             return
         self.losses.extend(AuxLoss(self.name, name, value) for name, value in losses.items())
@@ -92,11 +93,6 @@ class _Sink:
                 "checkpointing ran its first forward pass under no_grad. Use checkpoint(..., use_reentrant=False), or "
                 "leave collect_aux_losses out: attached losses work under both"
             )
-
-
-def _backward_pass() -> int:
-    """The number of the backward pass that runs now, -1 outside of one."""
-    return torch._C._current_graph_task_id()
 
 
 @contextmanager

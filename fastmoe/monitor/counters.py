@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastmoe._backward import in_backward
 from fastmoe.monitor.stats import LayerStats
 
 SUMS = ("passes", "tokens", "unrouted", "dropped", "rows", "weight", "entropy", "scored_tokens")
@@ -43,7 +44,7 @@ class LayerCounters:
 
     def observe(self, routing: Any, offsets_E: Tensor, token_mask_T: Tensor | None) -> None:
         """Add a pass; `routing` is a `fastmoe.Routing`, or a soft one, which has slots in place of weighted rows."""
-        if not self.layer.training or _in_backward():
+        if not self.layer.training or in_backward():
             return
         if offsets_E.device != self.pass_number.device:
             self._move(offsets_E.device)
@@ -101,7 +102,3 @@ class LayerCounters:
     def ages(self) -> Tensor:
         """`pass_number` and `last_E` in one vector."""
         return torch.cat([self.pass_number, self.last_E])
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from fastmoe._backward import in_backward
 from fastmoe._errors import check_number
 from fastmoe._processes import ALONE, Processes
 from fastmoe.routers.base import register_router
@@ -117,7 +118,7 @@ class LossFreeRouter(TokenChoiceRouter):
 
     @torch.no_grad()
     def _count(self, expert_ids_TK: Tensor, context: RoutingContext) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # recomputed in backward
+        if in_backward():  # recomputed
             return
         if context.token_mask_T is not None:
             expert_ids_TK = torch.where(context.token_mask_T.unsqueeze(1), expert_ids_TK, -1)

@@ -38,6 +38,8 @@ class SoftRouter(Router):
     """
 
     takes_context = True
+    own_init = True
+    causal = False
 
     def __init__(
         self,

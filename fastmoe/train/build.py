@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 import fastmoe
 from fastmoe.models import GPT, GPTConfig
+from fastmoe.routers import get_router
 from fastmoe.train.config import Kind, OptimConfig, TrainConfig
 
 BIASES = {"bias", "b1", "b2"}
+VOCAB_SIZE = 256
 
 
 def build_model(config: TrainConfig, kind: Kind) -> GPT:
@@ -20,6 +23,7 @@ def build_model(config: TrainConfig, kind: Kind) -> GPT:
     shape = config.model
     model = GPT(
         GPTConfig(
+            vocab_size=VOCAB_SIZE,
             block_size=shape.block_size,
             n_layer=shape.n_layer,
             n_head=shape.n_head,
@@ -43,12 +47,26 @@ def make_moe(model: GPT, config: TrainConfig) -> GPT:
         init="random",
         every=moe.every,
         d_hidden=config.model.dense_hidden // moe.top_k if moe.expert_hidden is None else moe.expert_hidden,
-        router_options={"aux_loss_weight": moe.aux_loss_weight, "z_loss_weight": moe.z_loss_weight},
+        router=moe.router,
+        router_options=router_options(config),
     )
     model.init_weights()
     model.load_state_dict(dense_start, strict=False)
+    for layer in fastmoe.moe_layers(model).values():
+        if isinstance(layer.router, fastmoe.Router) and layer.router.own_init:
+            layer.router.reset_parameters()
+    if get_router(moe.router).needs_token_ids:
+        fastmoe.feed_token_ids(model, "token_embedding")
     fastmoe.set_aux_loss_scale(model, 1 / config.optim.grad_accumulation)
     return model
+
+
+def router_options(config: TrainConfig) -> dict[str, Any]:
+    """The router's options as the config gives them, and the size of the vocabulary for one that goes by token ids."""
+    moe = config.moe
+    weights = {name: weight for name, weight in moe.loss_weights.items() if weight is not None}
+    vocabulary = {"vocab_size": VOCAB_SIZE} if get_router(moe.router).needs_token_ids else {}
+    return {**vocabulary, **weights, **moe.router_options}
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -5,9 +5,10 @@ A field is a TOML key in its section's table and a flag of `fastmoe train` (`--d
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,6 +23,35 @@ def check_at_least(minimum: float, **values: float) -> None:
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}; got {value}")
+
+
+PYTHON_NAMES = {"None": None, "True": True, "False": False}
+
+
+def read_value(text: str) -> Any:
+    """A value as TOML has it: a number, true, false, a list, a quoted text; or None; anything else is a text."""
+    if text in PYTHON_NAMES:
+        return PYTHON_NAMES[text]
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def read_key_values(texts: list[str]) -> dict[str, Any]:
+    for text in texts:
+        if "=" not in text:
+            raise ValueError(f"expected KEY=VALUE, got {text}")
+    return {key: read_value(value) for key, _, value in (text.partition("=") for text in texts)}
+
+
+KEY_VALUES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[KEY=VALUE ...]",
+    instance_from_str=read_key_values,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda options: [f"{key}={value}" for key, value in options.items()],
+)
 
 
 @dataclass(frozen=True)
@@ -53,17 +83,26 @@ class MoEConfig:
     top_k: int = 2
     expert_hidden: int | None = None
     """Hidden width of one expert; None is the dense block's divided by top_k: equal FLOPs per token."""
-    aux_loss_weight: float = 0.01
-    """Weight of the load-balance loss."""
-    z_loss_weight: float = 0.0
+    router: str = "topk"
+    """A name in fastmoe.routers.ROUTERS; docs/routers.md has them all."""
+    router_options: Annotated[dict[str, Any], KEY_VALUES] = field(default_factory=dict)
+    """The router's own options; in TOML a table [moe.router_options]."""
+    aux_loss_weight: float | None = None
+    """Weight of the load-balance loss, for routers that have it; None is the router's default."""
+    z_loss_weight: float | None = None
+    """Weight of the z-loss, for routers that have it; None is the router's default."""
     every: int = 1
     """Make an MoE of every n-th feed-forward block."""
 
     def __post_init__(self) -> None:
         check_at_least(1, num_experts=self.num_experts, top_k=self.top_k, every=self.every)
-        check_at_least(0, aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
+        check_at_least(0, **{name: value for name, value in self.loss_weights.items() if value is not None})
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts={self.num_experts}; got {self.top_k}")
+
+    @property
+    def loss_weights(self) -> dict[str, float | None]:
+        return {"aux_loss_weight": self.aux_loss_weight, "z_loss_weight": self.z_loss_weight}
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ def convert(value: object, hint: Any, where: str) -> object:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return None if value is None else convert(value, options[0], where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a table; got {value!r}")
+        return dict(value)
     if origin is Literal:
         if value not in options:
             raise unknown_name(f"value of {where}", value, options)

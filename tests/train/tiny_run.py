@@ -13,8 +13,12 @@ from fastmoe.train.world import World, find_device
 
 
 def change(config, **sections):
-    """`config` with some fields of some sections changed: change(config, run={"resume": True})."""
-    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in sections.items()})
+    """`config` with some fields of some sections changed: change(config, run={"resume": True}, mode="moe")."""
+    changes = {
+        name: replace(getattr(config, name), **given) if isinstance(given, dict) else given
+        for name, given in sections.items()
+    }
+    return replace(config, **changes)
 
 
 def make_trainer(config, kind="moe"):
@@ -30,6 +34,8 @@ def as_flags(config):
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 flags.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, dict):
+                flags += [f"--{flag}", *(f"{key}={item}" for key, item in value.items())] if value else []
             elif value is not None:
                 flags += [f"--{flag}", str(value)]
     return flags
