@@ -55,7 +55,7 @@ def over_capacity(
     choice_K1 = torch.arange(top_k, device=ids_KT.device).unsqueeze(1)
     no_one = top_k * num_experts
     queues_N = torch.where(ids_KT < 0, no_one, choice_K1 * num_experts + ids_KT).reshape(-1)
-    places_N, counts_Q = _places(queues_N, no_one + 1)
+    places_N, counts_Q = places_in_queues(queues_N, no_one + 1)
     counts_KE = counts_Q[:no_one].view(top_k, num_experts)
     all_KE, lower_KE = counts_KE, torch.zeros_like(counts_KE)
     if processes.size > 1:
@@ -75,14 +75,14 @@ def _over_by_weight(
     top_k = ids_GK.shape[1]
     ids_N = torch.where(ids_GK < 0, num_experts, ids_GK).t().reshape(-1)
     by_weight_N = weights_GK.t().reshape(-1).argsort(descending=True, stable=True)
-    places_N, _ = _places(ids_N[by_weight_N], num_experts + 1)
+    places_N, _ = places_in_queues(ids_N[by_weight_N], num_experts + 1)
     over_N = torch.empty_like(places_N, dtype=torch.bool)
     over_N[by_weight_N] = places_N >= capacity
     over_N &= ids_N < num_experts
     return over_N.view(top_k, -1).t()[mine]
 
 
-def _places(queues_N: Tensor, num_queues: int) -> tuple[Tensor, Tensor]:
+def places_in_queues(queues_N: Tensor, num_queues: int) -> tuple[Tensor, Tensor]:
     """Each row's place in its queue, from 0 in the order given, and the length of each queue."""
     sorted_N, order_N = queues_N.sort(stable=True)
     counts_Q = torch.zeros(num_queues, dtype=torch.int64, device=queues_N.device)
