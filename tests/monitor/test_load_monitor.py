@@ -198,6 +198,26 @@ def test_a_monitored_model_is_copied_and_pickled_without_its_monitor():
     assert monitor.snapshot()["0"].passes == 0
 
 
+def test_slots_of_a_soft_router():
+    """Every expert computes 2 slots for each of 3 sequences; the entropy is of the experts' weights in a token."""
+    model = nn.Sequential(fastmoe.MoE(D, E, 1, d_hidden=4, router="soft", router_options={"slots_per_expert": 2}))
+    monitor = fastmoe.LoadMonitor(model)
+    x, mask = torch.randn(3, 7, D), torch.ones(3, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    entropies = []
+    for extra in ((), (mask,)):
+        model[0](x, *extra)
+        kept = mask.flatten() if extra else torch.ones(21, dtype=torch.bool)
+        weights = model[0].router(x.flatten(0, 1), fastmoe.routers.RoutingContext(None, None, 3)).combine_BSL
+        for of_token in weights.reshape(21, E, 2).sum(2)[kept].tolist():
+            entropies.append(-sum(p * math.log(p) for p in of_token))
+    load = monitor.snapshot()["0"]
+    assert load.counts == load.demand == (12,) * E
+    assert (load.passes, load.tokens, load.dropped, load.unrouted_tokens) == (2, 21 + 18, 0, 0)
+    assert (load.mean_weight, load.cv, dict(load.losses)) == (None, 0.0, {})
+    assert load.router_entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+
+
 def test_a_compiled_model_is_monitored():
     model = nn.Sequential(fastmoe.MoE(D, E, 2, d_hidden=4))
     monitor = fastmoe.LoadMonitor(model)
@@ -219,6 +239,10 @@ def test_a_model_without_moe_is_an_error():
 BATCHES = [[7, 5], [4, None], [0, 3]]  # tokens of each process in each pass; None: that process does not run
 
 
+# The experts of each process in each pass. Of 5, one alone has 1 and 4 each, 3 none, and 2 was used too long ago.
+CHOSEN = [[(0, 1), (0, 1), (0, 1)], [(0, 2), (0, 4), (0, 4)]]
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -228,7 +252,12 @@ def worker(rank, folder):
     for step, sizes in enumerate(BATCHES):
         if sizes[rank] is not None:
             model(torch.randn(sizes[rank], D, generator=torch.Generator().manual_seed(10 * step + rank)))
-    torch.save(monitor.snapshot().to_plain(), f"{folder}/{rank}.pt")
+    fixed = build(Fixed)
+    watching = fastmoe.LoadMonitor(fixed, dead_after=2)
+    for ids in CHOSEN[rank]:
+        fixed[0].router.ids = ids
+        fixed(torch.randn(3, D))
+    torch.save((monitor.snapshot().to_plain(), watching.snapshot().to_plain()), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -243,8 +272,9 @@ def test_two_processes_equal_one(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    together, other = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert together == other
+    (together, fixed), other = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert (together, fixed) == other
+    assert fixed["0"]["dead"] == [2, 3]
     torch.manual_seed(0)
     model = build()
     for step, sizes in enumerate(BATCHES):
