@@ -95,7 +95,7 @@ def _free_bids(prices_E: Tensor, bidders: Tensor, eps: float) -> Tensor:
 
 
 def _places_by_bid(ids_T: Tensor, bids_T: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Each token's place with its expert, highest bid first, and each expert's tokens; without one, a place past all."""
+    """Each token's place with its expert, highest bid first, and how many each expert has; without one, past all."""
     queues_T = torch.where(ids_T < 0, num_experts, ids_T)
     order_T = bids_T.argsort(descending=True, stable=True)
     sorted_T, counts_E = places_in_queues(queues_T[order_T], num_experts + 1)
