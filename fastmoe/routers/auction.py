@@ -71,14 +71,13 @@ def _auction(values_TE: Tensor, start_E: Tensor, eps: float, rounds: int) -> tup
         bids_T[bidders_U] = prices_E[experts_U2[:, 0]] + best_U2[:, 0] - best_U2[:, 1] + eps
         free_bids_E = torch.maximum(free_bids_E, _free_bids(free_prices_E, without, eps))
         places_T, counts_E = _places_by_bid(ids_T, bids_T, num_experts)
-        free_bids_E = free_bids_E.masked_fill(
-            free_bids_E <= _bid_at(size - 1, places_T, ids_T, bids_T, counts_E), -torch.inf
-        )
+        beaten_by_E = _bid_at(size - 1, places_T, ids_T, bids_T, num_experts)
+        free_bids_E = free_bids_E.masked_fill(free_bids_E <= beaten_by_E, -torch.inf)
         has_free_E = free_bids_E > -torch.inf
         room_E = size - has_free_E.long()
         ids_T = ids_T.masked_fill(places_T >= room_E[ids_T], -1)
         counts_E = torch.minimum(counts_E, room_E)
-        lowest_E = _bid_at(counts_E[ids_T] - 1, places_T, ids_T, bids_T, counts_E)
+        lowest_E = _bid_at(counts_E[ids_T] - 1, places_T, ids_T, bids_T, num_experts)
         lowest_E = torch.where(counts_E > 0, lowest_E, torch.inf)
         lowest_E = torch.where(has_free_E, torch.minimum(lowest_E, free_bids_E), lowest_E)
         prices_E = torch.where(counts_E + has_free_E == size, lowest_E, start_E)
@@ -95,7 +94,7 @@ def _free_bids(prices_E: Tensor, bidders: Tensor, eps: float) -> Tensor:
 
 
 def _places_by_bid(ids_T: Tensor, bids_T: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Each token's place with its expert, highest bid first, and how many each expert has; without one, past all."""
+    """Each token's place with its expert, highest bid first (T where it has none), and the tokens of each expert."""
     queues_T = torch.where(ids_T < 0, num_experts, ids_T)
     order_T = bids_T.argsort(descending=True, stable=True)
     sorted_T, counts_E = places_in_queues(queues_T[order_T], num_experts + 1)
@@ -103,9 +102,8 @@ def _places_by_bid(ids_T: Tensor, bids_T: Tensor, num_experts: int) -> tuple[Ten
     return places_T.masked_fill(ids_T < 0, len(ids_T)), counts_E[:num_experts]
 
 
-def _bid_at(place: int | Tensor, places_T: Tensor, ids_T: Tensor, bids_T: Tensor, like_E: Tensor) -> Tensor:
+def _bid_at(place: int | Tensor, places_T: Tensor, ids_T: Tensor, bids_T: Tensor, num_experts: int) -> Tensor:
     """The bid of each expert's token at that place, -inf where there is none: `(E,)`."""
-    num_experts = len(like_E)
     found_E1 = bids_T.new_full((num_experts + 1,), -torch.inf)
     at_T = torch.where((places_T == place) & (ids_T >= 0), ids_T, num_experts)
     return found_E1.scatter(0, at_T, bids_T)[:num_experts]
