@@ -10,6 +10,7 @@ that of the last `--window` steps, mean over layers; the loss that of the held-o
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastmoe.train.trainer import Trainer
 from fastmoe.train.world import World
 
 HERE = Path(__file__).parent
+IMAGES = HERE.parent / "docs" / "images" / "routers"
 BLOCK, EXPERTS = 128, 8
 # label: router, top_k, options
 CONTENDERS: dict[str, tuple[str, int, dict]] = {
@@ -64,7 +66,7 @@ def train(trainers: dict[str, Trainer], steps: int, window: int) -> tuple[dict, 
     """Seconds of every step, the load of the last `window` steps and a heat map's records, each by label."""
     seconds: dict[str, list[float]] = {label: [] for label in trainers}
     monitors = {label: fastmoe.LoadMonitor(trainer.model) for label, trainer in trainers.items()}
-    maps = {label: HeatMapPng(HERE.parent / "docs" / "images" / "routers" / f"{label}.png") for label in trainers}
+    maps = {label: HeatMapPng(IMAGES / (re.sub(r"\W+", "_", label) + ".png")) for label in trainers}
     loads = {}
     order = list(trainers)
     every = max(1, steps // 50)
