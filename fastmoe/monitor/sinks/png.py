@@ -29,7 +29,7 @@ class HeatMapPng:
 
 
 def draw(records: Records, path: Path) -> None:
-    """One panel per layer, experts upwards, steps to the right; white is the mean load."""
+    """One panel per layer, experts upwards, steps to the right; a snapshot covers the steps up to it; white is the mean load."""
     layers = list(records[-1][1])
     columns = min(PANELS_PER_ROW, len(layers))
     rows = math.ceil(len(layers) / columns)
@@ -38,11 +38,9 @@ def draw(records: Records, path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for panel, layer in zip(panels.flat, layers, strict=False):
         steps, shares = over_time(records, layer)
-        width = steps[-1] - steps[-2] if len(steps) > 1 else 1
-        extent = (steps[0] - width / 2, steps[-1] + width / 2, -0.5, len(shares) - 0.5)
-        image = panel.imshow(
-            shares, aspect="auto", origin="lower", vmin=0, vmax=2, cmap="RdBu_r", interpolation="nearest", extent=extent
-        )
+        first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
+        borders = [expert - 0.5 for expert in range(len(shares) + 1)]
+        image = panel.pcolormesh([first, *steps], borders, shares, vmin=0, vmax=2, cmap="RdBu_r", rasterized=True)
         panel.set_title(layer or "model", fontsize=9)
         panel.yaxis.get_major_locator().set_params(integer=True)
     for panel in panels.flat[len(layers) :]:
