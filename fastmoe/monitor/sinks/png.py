@@ -29,7 +29,7 @@ class HeatMapPng:
 
 
 def draw(records: Records, path: Path) -> None:
-    """One panel per layer, experts upwards, steps to the right; a snapshot covers the steps up to it; white is the mean load."""
+    """One panel per layer, experts upwards, steps to the right, each load as wide as its window; white is the mean."""
     layers = list(records[-1][1])
     columns = min(PANELS_PER_ROW, len(layers))
     rows = math.ceil(len(layers) / columns)
