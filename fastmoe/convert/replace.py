@@ -9,7 +9,7 @@ from fastmoe._errors import check_int
 from fastmoe.convert.recipe import Recipe
 from fastmoe.convert.targets import Match, Search, Target, nothing_matched
 from fastmoe.convert.transformer import leave_fused_paths, output_dropout_of, put_moe_into
-from fastmoe.convert.upcycle import moe_from_known, moe_from_unknown
+from fastmoe.convert.upcycle import moe_from_known, moe_from_unknown, weights_sum_to_one
 from fastmoe.layer import MoE
 
 logger = logging.getLogger("fastmoe")
@@ -39,8 +39,9 @@ def moefy(
         target: "auto", every known block; or which blocks: a module class, a glob over names as in
             `model.named_modules()`, or a predicate `(name, module) -> bool`. Of nested blocks the outermost counts.
         init: "upcycle", every expert starts as a copy of the dense block, and the model's outputs stay as they were
-            (Komatsuzaki et al. 2022, Sparse Upcycling, 2212.05055), given a router whose weights sum to 1 for each
-            token, as "topk" has them. "random": fresh experts.
+            (Komatsuzaki et al. 2022, Sparse Upcycling, 2212.05055), given a router that drops nothing and whose weights
+            sum to 1 for each token, as "topk" has them; of a router by name that has not, a warning is logged.
+            "random": fresh experts.
         every: replace every n-th matching block only: 2 means the 2nd, the 4th and so on.
         moe_options: keyword arguments of `fastmoe.MoE`, in place of what the block says; `d_model` where the width of
             a replicated block cannot be told from it.
@@ -68,6 +69,11 @@ def moefy(
     for match, moe in made:
         model = _put(model, match, moe)
     leave_fused_paths(model)
+    if recipe.upcycles and made and not weights_sum_to_one(made[0][1]):
+        logger.warning(
+            "moefy: outputs change, since the weights of router %r do not sum to 1 for each token",
+            moe_options.get("router", "topk"),
+        )
     fate = "left out (name it by target= to replicate it)" if target == "auto" else "replicated as it is"
     for block in search.look_alikes:
         logger.warning("moefy: %s: %s", fate, block)

@@ -10,9 +10,10 @@ from fastmoe._errors import check_int
 from fastmoe.convert.patterns import FeedForward, further_arguments, has_hooks
 from fastmoe.convert.projection import Projection, in_features
 from fastmoe.convert.recipe import Recipe
-from fastmoe.convert.twin import mixes_rows
+from fastmoe.convert.twin import mixes_rows, undisturbed
 from fastmoe.experts import MLPExperts
 from fastmoe.layer import MoE
+from fastmoe.routers import ROUTERS, RoutingContext
 
 FIXED_BY_UPCYCLING = ("d_hidden", "activation", "bias")
 INSIDE_OF_A_KNOWN_BLOCK = (*FIXED_BY_UPCYCLING, "dropout")
@@ -116,6 +117,24 @@ def _bias(projection: Projection) -> Tensor:
 def _fill(stacked: nn.Parameter, dense: Tensor, trainable: bool) -> None:
     stacked.copy_(dense.expand_as(stacked))
     stacked.requires_grad_(trainable)
+
+
+def weights_sum_to_one(moe: MoE) -> bool:
+    """Whether the weights of a registered router do, on random tokens in evaluation; of another router, or on the meta
+    device, True: not known.
+    """
+    router = moe.router
+    example = next(moe.parameters())
+    if not isinstance(router, tuple(ROUTERS.values())) or example.is_meta:
+        return True
+    with undisturbed(), torch.no_grad():
+        twin = copy.deepcopy(router).eval()
+        x_TD = torch.randn(64, moe.d_model, device="cpu").to(example)
+        ids_T = torch.zeros(64, dtype=torch.int64, device=example.device)
+        routing = twin(x_TD, RoutingContext(token_ids_T=ids_T)) if router.takes_context else twin(x_TD)
+        kept_N = routing.weights_N.masked_fill(routing.expert_ids_N < 0, 0)
+        total_T = kept_N.new_zeros(64).index_add(0, routing.token_ids_N, kept_N)
+        return bool(torch.allclose(total_T, torch.ones_like(total_T), atol=1e-2))
 
 
 @torch.no_grad()

@@ -108,3 +108,18 @@ def test_moe_arguments_go_through() -> None:
         "mlp"
     ]
     assert (moe.backend, moe.check, moe.router.z_loss_weight) == ("reference", True, 0.1)
+
+
+@pytest.mark.parametrize("name", ["topk", "gshard", "loss_free", "hash", "random", "switch", "base", "expert_choice"])
+def test_upcycling_with_a_router_by_name_keeps_outputs_or_says_that_it_does_not(name, caplog):
+    block = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+    x, ids = torch.randn(12, 8), torch.randint(5, (12,))
+    before = block(x)
+    options = {"hash": {"vocab_size": 5}, "gshard": {"eval_capacity_factor": 4.0}}.get(name)
+    top_k = 1 if name in ("switch", "base") else 2
+    moe = fastmoe.moefy(block, num_experts=4, top_k=top_k, router=name, router_options=options)
+    changed = (moe(x, token_ids=ids) - before).abs().max() > 1e-4
+    assert changed == (name in ("switch", "base", "expert_choice"))
+    assert [f"the weights of router {name!r} do not sum to 1" in r.getMessage() for r in caplog.records] == [
+        True
+    ] * changed
