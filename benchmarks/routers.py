@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "routers.json")
     args = parser.parse_args()
     labels = list(dict.fromkeys(["topk", *args.routers]))
+    where = machine()  # before the pictures change the checkout
     corpus, world = load_corpus(args.data), World(torch.device("cpu"))
     trainers = {label: Trainer(config(label, args.data, args.steps), "moe", corpus, world) for label in labels}
     seconds, loads, maps = train(trainers, args.steps, min(args.window, args.steps))
@@ -132,7 +133,7 @@ def main() -> None:
         maps[label].close()
         print(label, {name: value for name, value in rows[label].items() if isinstance(value, float)}, flush=True)
     result = {
-        "machine": machine(),
+        "machine": where,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
         "steps": args.steps,
