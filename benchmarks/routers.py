@@ -21,7 +21,6 @@ from rich.progress import track
 
 import fastmoe
 from fastmoe.monitor.sinks.png import HeatMapPng
-from fastmoe.routers import get_router
 from fastmoe.train.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
 from fastmoe.train.corpus import load_corpus
 from fastmoe.train.trainer import Trainer
@@ -116,7 +115,7 @@ def main() -> None:
             "router": router,
             "top_k": top_k,
             "options": options,
-            "causal": get_router(router).causal,
+            "causal": all(layer.router.causal for layer in fastmoe.moe_layers(trainer.model).values()),
             "total_params": fastmoe.summary(trainer.model).total_params,
             "train_bits_per_byte": mean(trainer.history.losses[-args.window :]),
             "valid_bits_per_byte": trainer.loss_on(corpus.valid),

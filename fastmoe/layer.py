@@ -206,7 +206,9 @@ class MoE(nn.Module):
             raise ValueError(
                 f"{name} goes by token ids: call the layer with token_ids=, or fastmoe.feed_token_ids(model, embedding)"
             )
-        if ids.dtype != torch.int64 or ids.numel() != x.numel() // self.d_model:
+        same_dim, count = ids.dim() == x.dim() - 1, math.prod(x.shape[:-1])
+        fits = ids.shape == x.shape[:-1] if same_dim else ids.numel() == count
+        if ids.dtype != torch.int64 or not fits:
             raise ValueError(
                 f"token_ids must be int64 {tuple(x.shape[:-1])}, one for each token; got {ids.dtype} {tuple(ids.shape)}"
             )

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastmoe.layer import MoE
 from fastmoe.model import moe_layers
 
 
@@ -33,13 +34,19 @@ def feed_token_ids(model: nn.Module, embedding: nn.Module | str) -> RemovableHan
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer whose router goes by token ids, such as 'hash'")
     found = _find(model, embedding)
+    return found.register_forward_pre_hook(_Feed(layers), with_kwargs=True)
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+class _Feed:
+    """The hook: an object, so that with its model it can be copied and saved."""
+
+    def __init__(self, layers: list[MoE]) -> None:
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Tensor = args[0] if args else next(iter(kwargs.values()))
-        for layer in layers:
+        for layer in self.layers:
             layer.token_ids = ids
-
-    return found.register_forward_pre_hook(remember, with_kwargs=True)
 
 
 def _find(model: nn.Module, embedding: nn.Module | str) -> nn.Module:

@@ -9,6 +9,7 @@ from fastmoe.routers.token_choice import count_rows
 
 EPS = 1e-2
 SCALING = 5.0
+OUTLIER = 10.0
 
 
 def balanced_assignment(scores_TE: Tensor, eps: float = EPS, max_rounds: int | None = None) -> Tensor:
@@ -20,7 +21,9 @@ def balanced_assignment(scores_TE: Tensor, eps: float = EPS, max_rounds: int | N
     bidders without a token, of whom an expert keeps one at most, fill the places that stay free.
 
     The sum is within `(T + E) * eps * range` of the largest, range being the largest difference between two scores of
-    one token. Deterministic. Every round waits for the device.
+    one token, or ten times the median of the tokens' ranges if that is less: what is farther below a token's best
+    score counts as being so far, lest one token of huge scores coarsen all others' assignment.
+    Deterministic. Every round waits for the device.
 
     Args:
         scores_TE: float32 or wider; NaN counts as 0.
@@ -46,7 +49,10 @@ def _normalized(scores_TE: Tensor) -> Tensor:
     """Scores less each token's largest, divided by the range: in -1..0."""
     halves_TE = scores_TE.nan_to_num() / 2  # so that no difference overflows
     below_TE = halves_TE - halves_TE.amax(dim=1, keepdim=True)
-    return below_TE / (-below_TE.min()).clamp(min=torch.finfo(below_TE.dtype).tiny)
+    ranges_T = -below_TE.amin(dim=1)
+    typical = OUTLIER * ranges_T.median()
+    limit = torch.where(typical > 0, torch.minimum(typical, ranges_T.max()), ranges_T.max())
+    return (below_TE / limit.clamp(min=torch.finfo(below_TE.dtype).tiny)).clamp(min=-1)
 
 
 def _auction(values_TE: Tensor, start_E: Tensor, eps: float, rounds: int) -> tuple[Tensor, Tensor, Tensor]:

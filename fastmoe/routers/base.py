@@ -45,7 +45,6 @@ class Router(nn.Module):
         needs_token_ids: the router decides by `context.token_ids_T`; set it together with `takes_context`.
         has_proj: whether the router has the linear map.
         own_init: whether `reset_parameters` gives weights that a model's own initialisation should leave alone.
-        causal: whether, in evaluation, what a token gets depends on no later token of its sequence.
         stats_scope: "global": balance losses and capacity are those of the batch of all processes in training;
             "local": of this process's.
     """
@@ -54,7 +53,6 @@ class Router(nn.Module):
     needs_token_ids: ClassVar[bool] = False
     has_proj: ClassVar[bool] = True
     own_init: ClassVar[bool] = False
-    causal: ClassVar[bool] = True
     stats_scope: str = "global"
 
     def __init__(self, d_model: int, num_experts: int, top_k: int = 2) -> None:
@@ -71,6 +69,11 @@ class Router(nn.Module):
         """Initialise the linear map as `nn.Linear` does."""
         if self.has_proj:
             self.proj.reset_parameters()
+
+    @property
+    def causal(self) -> bool:
+        """Whether, in evaluation, what a token gets depends on no later token of its sequence."""
+        return True
 
     def processes(self, context: RoutingContext) -> Processes:
         """Those whose batch this router's losses and capacity are of."""

@@ -29,7 +29,7 @@ class BaseLayerRouter(Router):
             on each of them; "local": those of each process by themselves.
 
     Parameters:
-        proj.weight: the experts' embeddings, starting orthogonal with norm 0.1, as in the authors' code.
+        proj.weight: the experts' embeddings, starting orthogonal with gain 0.1, as in the authors' code.
 
     Raises:
         ValueError: a `top_k` other than 1; an option that does not fit.
@@ -49,8 +49,17 @@ class BaseLayerRouter(Router):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make the experts' embeddings orthogonal, with norm 0.1."""
-        nn.init.orthogonal_(self.proj.weight, gain=0.1)
+        """Draw the experts' embeddings anew."""
+        weight_ED = self.proj.weight
+        start_ED = torch.empty(weight_ED.shape, dtype=torch.float32, device=weight_ED.device)
+        nn.init.orthogonal_(start_ED, gain=0.1)  # has no half precision
+        if hasattr(weight_ED, "device_mesh"):
+            from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
+
+            assert isinstance(weight_ED, DTensor)
+            start_ED = distribute_tensor(start_ED, weight_ED.device_mesh, weight_ED.placements)
+        with torch.no_grad():
+            weight_ED.copy_(start_ED)
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         context = context or RoutingContext()

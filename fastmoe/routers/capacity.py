@@ -19,7 +19,7 @@ def expert_capacity(
     Args:
         num_tokens: T, of the whole batch; an int, or an int64 tensor, which gives a tensor without waiting for it.
     """
-    ratio = Fraction(factor).limit_denominator(1_000_000)
+    ratio = Fraction(min(factor, num_experts)).limit_denominator(1_000_000)  # a factor of E has room for all rows
     rows = num_tokens * (ratio.numerator * top_k)
     capacity = -(-rows // (ratio.denominator * num_experts))
     if isinstance(capacity, Tensor):

@@ -1,7 +1,5 @@
 """Expert choice: every expert takes its best tokens, so that the load is even."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,6 @@ class ExpertChoiceRouter(Router):
     """
 
     takes_context = True
-    causal: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -52,6 +49,11 @@ class ExpertChoiceRouter(Router):
         if not capacity_factor:
             raise ValueError(f"capacity_factor must be above 0, got {capacity_factor!r}")
         self.stats_scope = check_choice("stats_scope", stats_scope, SCOPES)
+
+    @property
+    def causal(self) -> bool:
+        """False."""
+        return False
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         context = context or RoutingContext()

@@ -24,7 +24,8 @@ def check_groups(num_groups: int, top_groups: int, num_experts: int, top_k: int)
 def limit_to_groups(scores_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """`scores_TE` with -inf outside each token's best groups, by the sum of a group's two best scores.
 
-    DeepSeek-V3 (2412.19437), section 2.1.2, node-limited routing. Groups are experts that stand one after another.
+    DeepSeek-V3 (2412.19437), section 2.1.2, node-limited routing; there a group counts by its K / M best scores, which
+    are two. Groups are experts that stand one after another.
     """
     if top_groups == num_groups:
         return scores_TE

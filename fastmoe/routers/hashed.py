@@ -1,5 +1,7 @@
 """Hash routing: a fixed table from vocabulary ids to experts."""
 
+import math
+import reprlib
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -57,9 +59,7 @@ class HashRouter(TokenChoiceRouter):
             raise ValueError("router 'hash' needs vocab_size, the number of ids in the vocabulary")
         self.vocab_size = check_int("vocab_size", vocab_size, 1)
         self.seed = check_int("seed", seed, 0)
-        if token_counts is not None and (len(token_counts) != vocab_size or not min(token_counts) >= 0):
-            raise ValueError(f"token_counts must be {vocab_size} numbers >= 0, one for each id, got {token_counts!r}")
-        self.token_counts = None if token_counts is None else [float(count) for count in token_counts]
+        self.token_counts = None if token_counts is None else _check_counts(token_counts, vocab_size)
         self.register_buffer("table_VK", self._make_table().to(torch.get_default_device()))
 
     def reset_parameters(self) -> None:
@@ -112,3 +112,15 @@ class HashRouter(TokenChoiceRouter):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, vocab_size={self.vocab_size}, seed={self.seed}"
+
+
+def _check_counts(token_counts: Sequence[float], vocab_size: int) -> list[float]:
+    try:
+        counts = [float(count) for count in token_counts]
+    except (TypeError, ValueError, RuntimeError):
+        counts = []
+    if len(counts) != vocab_size or not all(0 <= count < math.inf for count in counts):
+        raise ValueError(
+            f"token_counts must be {vocab_size} finite numbers >= 0, one for each id, got {reprlib.repr(token_counts)}"
+        )
+    return counts

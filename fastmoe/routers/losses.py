@@ -34,7 +34,7 @@ def load_balance_loss(
 
 
 def sequence_balance_loss(
-    scores_TE: Tensor,
+    probs_TE: Tensor,
     expert_ids_TK: Tensor,
     num_sequences: int,
     token_mask_T: Tensor | None = None,
@@ -42,11 +42,11 @@ def sequence_balance_loss(
 ) -> Tensor:
     """Mean over sequences of `sum_e f_e * P_e` within each: DeepSeek-V3 (2412.19437), equations 17 to 20.
 
-    f_e is E times the share of the sequence's choices that went to expert e (no gradient), P_e the mean of its score
-    over the sum of all experts' scores.
+    f_e is E times the share of the sequence's choices that went to expert e (no gradient), P_e its mean
+    probability: its score over the sum of all experts' scores.
 
     Args:
-        scores_TE: not negative.
+        probs_TE: each token's sum to 1.
         expert_ids_TK: int64, chosen experts.
         num_sequences: the tokens are that many sequences of one length, one after another.
         token_mask_T: bool; False tokens do not count, nor do sequences without any other.
@@ -55,13 +55,12 @@ def sequence_balance_loss(
     Returns:
         A scalar; 0 where there is no token.
     """
-    (num_tokens, num_experts), top_k = scores_TE.shape, expert_ids_TK.shape[1]
+    (num_tokens, num_experts), top_k = probs_TE.shape, expert_ids_TK.shape[1]
     length = num_tokens // max(num_sequences, 1)
-    counted_BS1 = _counted(scores_TE, token_mask_T).view(num_sequences, length, 1)
-    probs_TE = scores_TE / scores_TE.sum(1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
+    counted_BS1 = _counted(probs_TE, token_mask_T).view(num_sequences, length, 1)
     probs_BE = (probs_TE.view(num_sequences, length, num_experts) * counted_BS1).sum(1)
     counted_BN = counted_BS1.expand(-1, -1, top_k).reshape(num_sequences, length * top_k)
-    chosen_BE = scores_TE.new_zeros(num_sequences, num_experts)
+    chosen_BE = probs_TE.new_zeros(num_sequences, num_experts)
     chosen_BE = chosen_BE.scatter_add(1, expert_ids_TK.reshape(num_sequences, length * top_k), counted_BN)
     tokens_B1 = counted_BS1.sum(1)
     least_B1 = tokens_B1.clamp(min=1)

@@ -39,7 +39,6 @@ class SoftRouter(Router):
 
     takes_context = True
     own_init = True
-    causal = False
 
     def __init__(
         self,
@@ -63,6 +62,11 @@ class SoftRouter(Router):
         super().reset_parameters()
         if self.scale is not None:
             nn.init.ones_(self.scale)
+
+    @property
+    def causal(self) -> bool:
+        """False."""
+        return False
 
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> SoftRouting:
         context = context or RoutingContext()

@@ -73,6 +73,7 @@ class SwipeRouter(TokenChoiceRouter):
     def _serve(self, scores_TE: Tensor, capacity: int | Tensor, context: RoutingContext) -> Tensor:
         """The experts got, `(T, K)`; -1 for none."""
         mask_T = context.token_mask_T
+        scores_TE = scores_TE.nan_to_num(nan=1)  # such a token is served, for its weight to show NaN
         wants_TE = scores_TE if mask_T is None else scores_TE.masked_fill(~mask_T.unsqueeze(1), -torch.inf)
         wants_GE, mine = self.processes(context).gather_rows(wants_TE)
         room_E = torch.full((self.num_experts,), len(wants_GE), device=wants_GE.device).clamp(max=capacity)

@@ -63,6 +63,14 @@ class TokenChoiceRouter(Router):
         self.drop_by = check_choice("drop_by", drop_by, DROP_BY)
         self.stats_scope = check_choice("stats_scope", stats_scope, SCOPES)
 
+    @property
+    def causal(self) -> bool:
+        """Whether, in evaluation, what a token gets depends on no later token of its sequence.
+
+        With a capacity a later token's first choice takes the place of an earlier one's second.
+        """
+        return not is_limit(self.eval_capacity_factor) or (self.top_k == 1 and self.drop_by == "position")
+
     def capacity(self, like_TE: Tensor, context: RoutingContext) -> int | Tensor | None:
         """Rows of the whole batch that one expert takes; None where there is no limit."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor

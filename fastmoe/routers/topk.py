@@ -3,6 +3,7 @@
 from typing import Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoe._errors import check_choice, check_number, unknown_name
@@ -11,6 +12,7 @@ from fastmoe.routers.context import RoutingContext
 from fastmoe.routers.groups import check_groups, limit_to_groups
 from fastmoe.routers.losses import load_balance_loss, z_loss
 from fastmoe.routers.routing import Routing
+from fastmoe.routers.scores import sigmoid_shares
 from fastmoe.routers.token_choice import TokenChoiceOptions, TokenChoiceRouter
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -79,13 +81,20 @@ class TopKRouter(TokenChoiceRouter):
         losses = self._losses(logits_TE, scores_TE, expert_ids_TK, context)
         if self.score_after and self.score_function == "softmax":
             weights_TK = torch.softmax(logits_TE.gather(1, expert_ids_TK), dim=1)
-        return self.routing(expert_ids_TK, self._normalized(weights_TK), context, losses, scores_TE)
+        elif self.normalize is not False:
+            weights_TK = self._shares(weights_TK, logits_TE.gather(1, expert_ids_TK))
+        return self.routing(expert_ids_TK, weights_TK * self.scale, context, losses, scores_TE)
 
-    def _normalized(self, weights_TK: Tensor) -> Tensor:
-        if self.normalize is not False:
-            total_T1 = weights_TK.sum(dim=1, keepdim=True)
-            weights_TK = weights_TK / (total_T1.detach() if self.normalize == "stop_gradient" else total_T1)
-        return weights_TK if self.scale == 1 else weights_TK * self.scale
+    def _shares(self, weights_TK: Tensor, logits_TK: Tensor) -> Tensor:
+        """The weights over their sum; from the logits where they are sigmoids, whose sum may be 0."""
+        total_T1 = weights_TK.sum(dim=1, keepdim=True)
+        shares_TK = weights_TK / total_T1 if self.score_function == "softmax" else sigmoid_shares(logits_TK)
+        if self.normalize != "stop_gradient":
+            return shares_TK
+        if self.score_function == "softmax":
+            return weights_TK / total_T1.detach()
+        log_TK = F.logsigmoid(logits_TK)
+        return shares_TK.detach() * (log_TK - log_TK.detach()).exp()
 
     def _losses(
         self, logits_TE: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor, context: RoutingContext
@@ -94,7 +103,7 @@ class TopKRouter(TokenChoiceRouter):
         mask_T, processes = context.token_mask_T, self.processes(context)
         if self.aux_loss_weight:
             softmax = self.score_function == "softmax"
-            probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(1, keepdim=True)
+            probs_TE = scores_TE if softmax else sigmoid_shares(logits_TE)
             loss = load_balance_loss(probs_TE, expert_ids_TK, mask_T, processes)
             losses["load_balance"] = self.aux_loss_weight * loss
         if self.z_loss_weight:

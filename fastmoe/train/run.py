@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.text import Text
 
-from fastmoe.routers import get_router
+import fastmoe
 from fastmoe.train import checkpoint
 from fastmoe.train.config import NAMES, Kind, TrainConfig
 from fastmoe.train.corpus import load_corpus
@@ -27,13 +27,13 @@ def set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]
     """
     corpus = load_corpus(config.data.path)
     console.print(str(corpus))
-    if config.mode != "dense" and not get_router(config.moe.router).causal:
-        console.print(
-            f"warning: router {config.moe.router!r} looks across the sequence, so the model sees the future: its loss "
-            "is not that of a language model"
-        )
     kinds: tuple[Kind, ...] = ("dense", "moe") if config.mode == "compare" else (config.mode,)
     trainers = [Trainer(config, kind, corpus, world) for kind in kinds]
+    if any(not layer.router.causal for trainer in trainers for layer in fastmoe.moe_layers(trainer.model).values()):
+        console.print(
+            f"warning: what router {config.moe.router!r} gives a token depends, with these options, on later ones too: "
+            "the model sees the future, and its loss is not quite that of a language model"
+        )
     for trainer in trainers:
         if config.run.resume:
             resume(trainer, console)

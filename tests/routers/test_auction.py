@@ -134,3 +134,15 @@ def test_without_rounds_tokens_choose_in_turn():
         expected.append(max((e for e in range(4) if room[e]), key=lambda e: row[e]))
         room[expected[-1]] -= 1
     assert balanced_assignment(scores_TE, max_rounds=0).tolist() == expected
+
+
+def test_one_token_of_huge_scores_does_not_coarsen_the_others():
+    torch.manual_seed(0)
+    scores_TE = torch.randn(256, 8)
+    means = []
+    for factor in (1, 1000):
+        scaled_TE = torch.cat([scores_TE[:1] * factor, scores_TE[1:]])
+        ids_T = balanced_assignment(scaled_TE)
+        means.append(scores_TE[1:].gather(1, ids_T[1:].unsqueeze(1)).mean().item())
+        assert ids_T[0] == scores_TE[0].argmax()
+    assert means[1] > 0.98 * means[0]

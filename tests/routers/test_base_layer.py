@@ -84,3 +84,12 @@ def test_learns():
 )
 def test_bad_options(top_k, options, message):
     assert_refused("base", top_k, options, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_starts_anew_in_half_precision(dtype):
+    layer = fastmoe.MoE(8, 4, 1, router="base", device="meta", dtype=dtype)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    weight_ED = layer.router.proj.weight.float()
+    torch.testing.assert_close(weight_ED @ weight_ED.t(), 0.01 * torch.eye(4), atol=1e-3, rtol=0)

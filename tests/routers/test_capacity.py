@@ -86,3 +86,9 @@ def test_padding_takes_no_capacity():
 def test_evaluation_has_its_own_factor():
     layer = layer_of_one_queue(eval_capacity_factor=math.inf).eval()
     assert layer(torch.rand(8, 3, dtype=torch.float64)).any(1).all()
+
+
+@pytest.mark.parametrize("factor", [8.0, 1e30])
+@pytest.mark.parametrize("num_tokens", [10, torch.tensor(10)])
+def test_no_expert_needs_room_for_more_than_all_rows(num_tokens, factor):
+    assert int(expert_capacity(num_tokens, 8, 2, factor)) == 20

@@ -61,10 +61,6 @@ def test_every_expert_computes_its_capacity():
     assert fastmoe.stats(layer)[""].counts.tolist() == [25] * 4
 
 
-def test_is_not_causal():
-    assert ExpertChoiceRouter.causal is False
-
-
 def test_no_token():
     assert_silent_on_no_token(ExpertChoiceRouter(4, 3).double())
 

@@ -1,5 +1,7 @@
 """Hash routing against Roller et al. 2021, sections 3.1 and 3.2, and how token ids reach it."""
 
+import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -117,6 +119,26 @@ def test_fed_ids_serve_recomputation(reentrant):
     torch.testing.assert_close(x.grad, plain)
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_feeds_itself(clone):
+    model = tiny_gpt()
+    fastmoe.feed_token_ids(model, "token_embedding")
+    twin, tokens_BS = clone(model), torch.randint(11, (2, 5))
+    expected, _ = model(tokens_BS)
+    for layer in fastmoe.moe_layers(model).values():
+        layer.token_ids = None
+    torch.testing.assert_close(twin(tokens_BS)[0], expected)
+    assert all(layer.token_ids is None for layer in fastmoe.moe_layers(model).values())
+
+
+def test_ids_of_another_shape_are_refused_though_they_are_as_many():
+    layer = fastmoe.MoE(4, 5, 2, router="hash", router_options={"vocab_size": 11})
+    layer.token_ids = torch.zeros(2, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"token_ids must be int64 \(3, 4\), one for each token; got .* \(2, 6\)"):
+        layer(torch.randn(3, 4, 4))
+    assert layer(torch.randn(12, 4)).shape == (12, 4)
+
+
 def test_feed_token_ids_is_told_what_fits():
     with pytest.raises(ValueError, match="has no MoE layer whose router goes by token ids"):
         fastmoe.feed_token_ids(nn.Sequential(fastmoe.MoE(4, 2)), "0")
@@ -161,8 +183,10 @@ def test_from_meta():
         (1, {}, "router 'hash' needs vocab_size"),
         (1, {"vocab_size": 0}, "vocab_size must be a whole number >= 1"),
         (1, {"vocab_size": 3, "seed": -1}, "seed must be a whole number >= 0"),
-        (1, {"vocab_size": 3, "token_counts": [1.0, 2.0]}, "token_counts must be 3 numbers >= 0"),
-        (1, {"vocab_size": 2, "token_counts": [1.0, -2.0]}, "token_counts must be 2 numbers >= 0"),
+        (1, {"vocab_size": 3, "token_counts": [1.0, 2.0]}, "token_counts must be 3 finite numbers >= 0"),
+        (1, {"vocab_size": 2, "token_counts": 5}, "token_counts must be 2 finite numbers >= 0"),
+        (1, {"vocab_size": 2, "token_counts": [1.0, float("nan")]}, "token_counts must be 2 finite numbers >= 0"),
+        (1, {"vocab_size": 2, "token_counts": [1.0, -2.0]}, "token_counts must be 2 finite numbers >= 0"),
     ],
 )
 def test_bad_options(top_k, options, message):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 from collections import Counter
 
 import pytest
@@ -247,6 +248,64 @@ def test_from_meta():
     layer(torch.ones(5, 2, dtype=torch.bfloat16)).sum().backward()
     torch.optim.SGD(layer.parameters(), lr=0.0).step()
     assert bias(layer) != [0, 0, 0]
+
+
+def test_assigned_weights():
+    """Meta device, then `load_state_dict(assign=True)`, here from a file in bfloat16: the module is told nothing."""
+    layer, _ = one_expert()
+    state = {name: tensor.bfloat16() for name, tensor in layer.state_dict().items()}
+    with torch.device("meta"):
+        assigned, _ = one_expert()
+    assigned.load_state_dict(state, assign=True)
+    assigned(torch.ones(5, 2, dtype=torch.bfloat16)).sum().backward()
+    torch.optim.SGD(assigned.parameters(), lr=0.0).step()
+    assert assigned.router.bias_E.dtype == torch.float32
+    assert bias(assigned) == pytest.approx(AFTER_ONE)
+    assert bias(assigned.to("cpu", torch.float64)) == pytest.approx(AFTER_ONE)
+
+
+def test_steps_that_never_hold_the_router_are_told():
+    layer, optimizer = one_expert()
+    copies = torch.optim.SGD([p.detach().clone() for p in layer.parameters()], lr=0.0)
+    layer(torch.ones(5, 2)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(99):
+            copies.step()
+        optimizer.step()
+        for _ in range(99):
+            copies.step()
+        layer(torch.ones(5, 2)).sum().backward()
+    with pytest.warns(UserWarning, match="none of 100 optimizer steps held the router's parameters"):
+        copies.step()
+    assert bias(layer) == pytest.approx(AFTER_ONE)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_a_grad_scaler_skips(fused):
+    layer, _ = one_expert()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(layer(torch.ones(5, 2)).sum()).backward()
+    layer.experts.w1.grad.fill_(float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    assert bias(layer) == [0, 0, 0]
+    optimizer.zero_grad()
+    scaler.scale(layer(torch.ones(5, 2)).sum()).backward()
+    scaler.step(optimizer)
+    assert bias(layer) == pytest.approx(AFTER_ONE)
+
+
+def test_scores_that_are_all_0():
+    router = LossFreeRouter(1, 4, 2, sequence_loss_weight=0.5)
+    router.proj.weight.data.fill_(-200.0)
+    x_TD = torch.ones(3, 1, requires_grad=True)
+    routing = router(x_TD)
+    assert routing.weights_N.tolist() == [0.5] * 6
+    (routing.weights_N.sum() + routing.losses["sequence_balance"]).backward()
+    assert x_TD.grad.isfinite().all()
+    assert router.proj.weight.grad.isfinite().all()
 
 
 def test_compiled_counts_too():

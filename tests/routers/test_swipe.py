@@ -120,3 +120,11 @@ def test_learns(top_k):
 )
 def test_bad_options(options, message):
     assert_refused("swipe", 2, options, message)
+
+
+def test_nan_shows():
+    x_TD = torch.randn(4, 4)
+    x_TD[1] = torch.nan
+    routing = SwipeRouter(4, 4, 2)(x_TD)
+    assert routing.weights_N.view(4, 2).isnan().any(1).tolist() == [False, True, False, False]
+    assert routing.expert_ids_N.view(4, 2)[1].min() >= 0

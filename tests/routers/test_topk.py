@@ -154,3 +154,15 @@ def test_scores_groups_and_scale(score_function, score_after, groups, normalize)
         total = sum(weights) if normalize else 1
         assert routing.expert_ids_N.view(9, 3)[t].tolist() == ids
         assert routing.weights_N.view(9, 3)[t].tolist() == pytest.approx([2.5 * w / total for w in weights])
+
+
+@pytest.mark.parametrize("normalize", [True, "stop_gradient"])
+def test_sigmoid_scores_that_are_all_0(normalize):
+    router = TopKRouter(1, 4, 2, score_function="sigmoid", normalize=normalize)
+    router.proj.weight.data.fill_(-200.0)
+    x_TD = torch.ones(3, 1, requires_grad=True)
+    routing = router(x_TD)
+    assert routing.weights_N.tolist() == [0.5] * 6
+    assert routing.losses["load_balance"].isfinite()
+    (routing.weights_N.square().sum() + routing.losses["load_balance"]).backward()
+    assert x_TD.grad.isfinite().all()

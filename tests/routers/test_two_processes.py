@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +29,7 @@ OPTIONS = {
 }
 NAMES = sorted(name for name, cls in ROUTERS.items() if cls.__module__.startswith("fastmoe."))
 CASES = [*NAMES, f"topk {BY_WEIGHT}"]
-SHARDED = ["loss_free", "noisy_topk"]
+SHARDED = ["loss_free", "noisy_topk", "base"]
 
 
 def build(case, scope):
@@ -79,11 +80,11 @@ class Noise:
         return self.draw(torch.randn, like)
 
 
-def train(model, parallel, batches, first_token, upstream_scale=1.0):
+def train(model, parallel, batches, first_token, upstream_scale=1.0, optimizer=None):
     """What can be seen of some steps of training."""
     own = Noise(first_token)
     noise.uniform, noise.normal = own.uniform, own.normal
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
     for x, mask, ids, upstream in batches:
         model[1].token_ids = ids
@@ -137,7 +138,14 @@ def worker(rank, folder):
         model = with_mask(build(case, "global"))
         for part in (model[1], model):
             fully_shard(part)
-        seen[case, "sharded"] = train(model, model, [batch("uneven", rank, step) for step in range(STEPS)], 9 * rank)
+        uneven = [batch("uneven", rank, step) for step in range(STEPS)]
+        seen[case, "sharded"] = train(model, model, uneven, 9 * rank)
+    model[1].router.reset_parameters()
+    seen["reset"] = model[1].router.proj.weight.full_tensor().detach()
+    model = with_mask(build("loss_free", "global"))
+    parallel = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    seen["zero"] = train(model, parallel, uneven, 9 * rank, optimizer=optimizer)
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -189,6 +197,17 @@ def test_two_processes_are_as_one(computed, case, sequences):
 @pytest.mark.parametrize("case", SHARDED)
 def test_sharded_parameters_too(computed, case):
     assert_as_one([seen[case, "sharded"] for seen in computed], case, "uneven")
+
+
+@needs_gloo
+def test_an_optimizer_whose_state_is_sharded(computed):
+    assert_as_one([seen["zero"] for seen in computed], "loss_free", "uneven")
+
+
+@needs_gloo
+def test_a_sharded_router_starts_anew(computed):
+    for seen in computed:
+        torch.testing.assert_close(seen["reset"] @ seen["reset"].t(), 0.01 * torch.eye(E, dtype=torch.float64))
 
 
 @needs_gloo

@@ -26,7 +26,7 @@ def test_a_run_with_every_router(tiny, name, capsys):
     config = with_router(change(tiny, run={"monitor": True}), name)
     assert cli.main(["train", *as_flags(config)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("sees the future" in printed) == (name in ("soft", "expert_choice"))
+    assert ("sees the future" in printed) == (name in ("soft", "expert_choice", "gshard", "swipe"))
 
 
 @pytest.mark.parametrize("name", ["topk", "loss_free", "switch", "gshard"])
@@ -84,6 +84,7 @@ def test_a_routers_own_start_is_kept(tiny):
     [
         (["--router", "swich"], "unknown router 'swich'. Did you mean 'switch'"),
         (["--router", "switch"], "router 'switch' sends each token to one expert: give top_k=1"),
+        (["--aux-loss-weight", "0", "--router-options", "aux_loss_weight=1"], "aux_loss_weight: given both as"),
         (["--router-options", "jiter=1"], "unknown option of router 'topk' 'jiter'"),
         (["--router", "hash", "--aux-loss-weight", "0.1"], "unknown option of router 'hash' 'aux_loss_weight'"),
     ],
