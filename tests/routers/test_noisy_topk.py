@@ -20,6 +20,7 @@ from by_hand import (
     tokens,
 )
 
+import fastmoe
 from fastmoe.routers import NoisyTopKRouter, noise
 from fastmoe.routers.noisy_topk import chance_of_choice
 
@@ -139,3 +140,10 @@ def test_learns(top_k):
 @pytest.mark.parametrize("value", [-1, math.inf, math.nan, "0.1"])
 def test_bad_options(name, value):
     assert_refused("noisy_topk", 2, {name: value}, f"{name} must be a finite number >= 0")
+
+
+def test_a_layer_that_is_reset_starts_at_zero_too():
+    layer = fastmoe.MoE(4, 3, 2, router="noisy_topk")
+    torch.nn.init.normal_(layer.router.noise.weight)
+    layer.reset_parameters()
+    assert layer.router.proj.weight.abs().max() == layer.router.noise.weight.abs().max() == 0
