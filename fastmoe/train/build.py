@@ -65,11 +65,12 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     """The router's options as the config gives them, and the size of the vocabulary for one that goes by token ids."""
     moe = config.moe
     weights = {name: weight for name, weight in moe.loss_weights.items() if weight is not None}
-    twice = sorted(weights.keys() & moe.router_options.keys())
-    if twice:
-        raise ValueError(f"{', '.join(twice)}: given both as an option of its own and among router_options")
     vocabulary = {"vocab_size": VOCAB_SIZE} if get_router(moe.router).needs_token_ids else {}
-    return {**vocabulary, **weights, **moe.router_options}
+    fixed = {**vocabulary, **weights}
+    twice = sorted(fixed.keys() & moe.router_options.keys())
+    if twice:
+        raise ValueError(f"leave {', '.join(twice)} out of router_options: the training command sets it")
+    return {**fixed, **moe.router_options}
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

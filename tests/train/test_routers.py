@@ -84,7 +84,11 @@ def test_a_routers_own_start_is_kept(tiny):
     [
         (["--router", "swich"], "unknown router 'swich'. Did you mean 'switch'"),
         (["--router", "switch"], "router 'switch' sends each token to one expert: give top_k=1"),
-        (["--aux-loss-weight", "0", "--router-options", "aux_loss_weight=1"], "aux_loss_weight: given both as"),
+        (
+            ["--aux-loss-weight", "0", "--router-options", "aux_loss_weight=1"],
+            "leave aux_loss_weight out of router_options",
+        ),
+        (["--router", "hash", "--router-options", "vocab_size=10"], "leave vocab_size out of router_options"),
         (["--router-options", "jiter=1"], "unknown option of router 'topk' 'jiter'"),
         (["--router", "hash", "--aux-loss-weight", "0.1"], "unknown option of router 'hash' 'aux_loss_weight'"),
     ],
