@@ -2,7 +2,7 @@
 
 from fastmoe import kernels, routers
 from fastmoe.convert import moefy
-from fastmoe.kernels import backends
+from fastmoe.kernels import backends, empty_cache
 from fastmoe.layer import MoE
 from fastmoe.load_monitor import LoadMonitor
 from fastmoe.mmoe import MMoE
@@ -29,6 +29,7 @@ __all__ = [
     "TaskStats",
     "backends",
     "collect_aux_losses",
+    "empty_cache",
     "feed_token_ids",
     "kernels",
     "moe_layers",

@@ -74,6 +74,19 @@ def mlp_tensors(case: Case, num_rows: int, activation: str, bias: bool, dtype: t
     return made if bias else made | {"b1": None, "b2": None}
 
 
+def routed_mlp(backend: str, case: Case, token_ids_N: Tensor, expert_ids_N: Tensor, activation: str, per_token: int):
+    """`kernels.expert_mlp` as a function of its differentiable arguments."""
+
+    def function(x, weights, w1, b1, w2, b2):
+        plan = kernels.plan(expert_ids_N, case.E, backend=backend)
+        return kernels.expert_mlp(
+            x, token_ids_N, weights, plan, w1, b1, w2, b2,
+            activation=activation, rows_per_token=per_token, backend=backend,
+        )  # fmt: skip
+
+    return function
+
+
 def cast(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
     return {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
 

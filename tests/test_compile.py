@@ -8,6 +8,7 @@ from helpers import gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmoe
+from fastmoe.kernels.native.library import load
 
 COUNTS = [7, 9, 33, 128]
 
@@ -102,3 +103,19 @@ def test_a_loss_scale_that_changes():
         torch.testing.assert_close(results[1], results[0])
         assert results[0].abs().max() > 0
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(isinstance(load(), str), reason=f"no native library: {load()}")
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_the_native_backend_compiles_too(backend):
+    layer = fastmoe.MoE(32, 4, 2, d_hidden=64, backend=backend)
+    plain = fastmoe.MoE(32, 4, 2, d_hidden=64, backend="torch")
+    plain.load_state_dict(layer.state_dict())
+    compiled = torch.compile(layer, fullgraph=True)
+    for tokens in (5, 9):
+        x = torch.randn(tokens, 32)
+        torch.testing.assert_close(compiled(x), plain(x))
+    compiled(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmoe.kernels.activations import ACTIVATIONS, activate, get_activation
 from fastmoe.kernels.contract import Backend, Plan
+from fastmoe.kernels.memory import empty_cache
 from fastmoe.kernels.reference import accumulation_dtype
 from fastmoe.kernels.registry import BACKENDS, backends, check_backend, choose_backend
 
@@ -27,6 +28,7 @@ __all__ = [
     "backends",
     "check_backend",
     "combine",
+    "empty_cache",
     "expert_mlp",
     "get_activation",
     "grouped_mm",
@@ -120,7 +122,7 @@ def expert_mlp(
     if w2.shape[1] != x_TD.shape[1]:
         raise ValueError(f"w2 must be (E, {x_TD.shape[1]}, H), got {tuple(w2.shape)}")
     _check_rows(plan, token_ids_N, weights_N)
-    return choose_backend(backend, "expert_mlp", x_TD).expert_mlp(
+    return choose_backend(backend, "expert_mlp", x_TD, w1, w2).expert_mlp(
         x_TD, token_ids_N, weights_N, plan, w1, b1, w2, b2, activation, rows_per_token
     )
 

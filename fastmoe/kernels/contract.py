@@ -35,12 +35,13 @@ class Backend(Protocol):
     """One implementation of the four kernels. `fastmoe.kernels` checks arguments before it calls one."""
 
     name: str
+    optional: bool  # an addition that a machine may well lack: going on without it is no warning
 
     def available(self) -> str | None:
         """None if this backend can run on this machine, else the reason why not."""
         ...
 
-    def refuses(self, op: str, x: Tensor) -> str | None:
+    def refuses(self, op: str, x: Tensor, *weights: Tensor) -> str | None:
         """None if this backend can serve kernel `op` on tensors like `x`, else the reason why not."""
         ...
 

@@ -17,11 +17,12 @@ class ReferenceBackend:
     """See `fastmoe.kernels` for each kernel's arguments."""
 
     name = "reference"
+    optional = False
 
     def available(self) -> str | None:
         return None
 
-    def refuses(self, op: str, x: Tensor) -> str | None:
+    def refuses(self, op: str, x: Tensor, *weights: Tensor) -> str | None:
         return None
 
     def plan(self, expert_ids_N: Tensor, num_experts: int) -> Plan:

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from fastmoe._errors import unknown_name
 from fastmoe.kernels.contract import Backend
+from fastmoe.kernels.native.backend import NativeBackend
 from fastmoe.kernels.reference import ReferenceBackend
 from fastmoe.kernels.torch_ops import TorchBackend
 
 logger = logging.getLogger("fastmoe")
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(), ReferenceBackend())}
-PREFERENCE = ["torch"]
+_ALL: tuple[Backend, ...] = (NativeBackend(), TorchBackend(), ReferenceBackend())
+BACKENDS = {backend.name: backend for backend in _ALL}
+PREFERENCE = ["native", "torch"]
 """What `backend="auto"` tries, best first. The reference is never chosen unasked."""
 
 _logged: set[tuple[str, str, str]] = set()
@@ -31,24 +33,30 @@ def backends() -> dict[str, str]:
     return {name: backend.available() or "available" for name, backend in BACKENDS.items()}
 
 
-def choose_backend(requested: str, op: str, x: Tensor) -> Backend:
-    """The backend for kernel `op` on tensors like `x`.
+def choose_backend(requested: str, op: str, x: Tensor, *weights: Tensor) -> Backend:
+    """The backend for kernel `op` on tensors like `x` and, for `expert_mlp`, w1 and w2.
 
     A backend asked for by name serves the call or raises `ValueError` with its reason; "auto" goes on to the next,
     and logs the reason once.
     """
     for name in PREFERENCE if requested == "auto" else [check_backend(requested)]:
         backend = BACKENDS[name]
-        reason = backend.available() or backend.refuses(op, x)
+        reason = backend.refuses(op, x, *weights) or _unavailable(backend)
         if reason is None:
             return backend
         if requested != "auto":
             raise ValueError(f"backend {name!r} cannot serve {op}: {reason}")
-        _log_once(name, op, reason)
+        _log_once(backend, op, reason)
     raise ValueError(f"no backend can serve {op} for {x.dtype} on {x.device}: tried {', '.join(PREFERENCE)}")
 
 
-def _log_once(name: str, op: str, reason: str) -> None:
-    if not torch.compiler.is_compiling() and (name, op, reason) not in _logged:
-        _logged.add((name, op, reason))
-        logger.warning("backend %r cannot serve %s (%s); falling back", name, op, reason)
+def _unavailable(backend: Backend) -> str | None:
+    """Why a backend cannot run here; while a graph is traced, which cannot look, that is left to the operator."""
+    return None if torch.compiler.is_compiling() else backend.available()
+
+
+def _log_once(backend: Backend, op: str, reason: str) -> None:
+    if not torch.compiler.is_compiling() and (backend.name, op, reason) not in _logged:
+        _logged.add((backend.name, op, reason))
+        level = logging.INFO if backend.optional else logging.WARNING
+        logger.log(level, "backend %r cannot serve %s (%s); falling back", backend.name, op, reason)

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_measured, assert_same, cast, mlp_tensors, route, run_with_grads
-
-from fastmoe import kernels
+from helpers import CASES, Case, assert_measured, assert_same, cast, mlp_tensors, route, routed_mlp, run_with_grads
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -37,26 +35,15 @@ def token_by_token(case, token_ids_N, expert_ids_N, activation):
     return function
 
 
-def through(backend, case, token_ids_N, expert_ids_N, activation, rows_per_token):
-    def function(x, weights, w1, b1, w2, b2):
-        plan = kernels.plan(expert_ids_N, case.E, backend=backend)
-        return kernels.expert_mlp(
-            x, token_ids_N, weights, plan, w1, b1, w2, b2,
-            activation=activation, rows_per_token=rows_per_token, backend=backend,
-        )  # fmt: skip
-
-    return function
-
-
 def three_ways(case, activation, bias, dtype, use_rows_per_token=True):
     """The `torch` backend, the reference in the same dtype, and the reference in float64."""
     token_ids_N, expert_ids_N, rows_per_token = route(case)
     tensors = mlp_tensors(case, len(token_ids_N), activation, bias, dtype)
     upstream = torch.randn(case.T, case.D).to(dtype)
     args = (case, token_ids_N, expert_ids_N, activation)
-    got = run_with_grads(through("torch", *args, rows_per_token * use_rows_per_token), tensors, upstream)
-    plain = run_with_grads(through("reference", *args, 0), tensors, upstream)
-    exact = run_with_grads(through("reference", *args, 0), cast(tensors, torch.float64), upstream)
+    got = run_with_grads(routed_mlp("torch", *args, rows_per_token * use_rows_per_token), tensors, upstream)
+    plain = run_with_grads(routed_mlp("reference", *args, 0), tensors, upstream)
+    exact = run_with_grads(routed_mlp("reference", *args, 0), cast(tensors, torch.float64), upstream)
     return got, plain, exact
 
 
@@ -77,7 +64,7 @@ def test_reference_is_the_formula(activation, bias):
         upstream = torch.randn(case.T, case.D)
         args = (case, token_ids_N, expert_ids_N, activation)
         slow = run_with_grads(token_by_token(*args), tensors, upstream)
-        assert_same(run_with_grads(through("reference", *args, 0), tensors, upstream), slow)
+        assert_same(run_with_grads(routed_mlp("reference", *args, 0), tensors, upstream), slow)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,7 +123,7 @@ def test_gradcheck(activation, name, layout, force_layout):
     case = Case(4, 3, 3, 2, 2, case.routed)
     token_ids_N, expert_ids_N, rows_per_token = route(case)
     tensors = mlp_tensors(case, len(token_ids_N), activation, True, torch.float64)
-    function = through("torch", case, token_ids_N, expert_ids_N, activation, rows_per_token)
+    function = routed_mlp("torch", case, token_ids_N, expert_ids_N, activation, rows_per_token)
     leaves = [t.requires_grad_() for t in tensors.values()]
     assert torch.autograd.gradcheck(lambda *args: function(**dict(zip(tensors, args, strict=True))), leaves)
 
@@ -152,10 +139,10 @@ def test_frozen_arguments(frozen, layout, force_layout):
     tensors = mlp_tensors(case, len(token_ids_N), "swiglu", True, torch.float64)
     args = (case, token_ids_N, expert_ids_N, "swiglu")
     upstream = torch.randn(case.T, case.D)
-    expected = run_with_grads(through("reference", *args, 0), tensors, upstream)
+    expected = run_with_grads(routed_mlp("reference", *args, 0), tensors, upstream)
     learned = {name: t for name, t in tensors.items() if name not in frozen}
     constant = {name: tensors[name] for name in frozen}
-    function = through("torch", *args, rows_per_token)
+    function = routed_mlp("torch", *args, rows_per_token)
     got = run_with_grads(lambda **leaves: function(**leaves, **constant), learned, upstream)
     assert_same(got, {name: t for name, t in expected.items() if name not in frozen})
 
@@ -167,7 +154,7 @@ def test_strides_do_not_matter(layout, force_layout):
     case = Case(6, 3, 8, 8, 2)
     token_ids_N, expert_ids_N, rows_per_token = route(case)
     tensors = mlp_tensors(case, len(token_ids_N), "geglu", True, dtype)
-    function = through("torch", case, token_ids_N, expert_ids_N, "geglu", rows_per_token)
+    function = routed_mlp("torch", case, token_ids_N, expert_ids_N, "geglu", rows_per_token)
     straight = {name: t.requires_grad_() for name, t in tensors.items()}
     # every argument a view with strides of its own, the upstream gradient expanded from one number
     spread = {name: t.detach().repeat_interleave(2, -1) for name, t in tensors.items()}
@@ -188,19 +175,19 @@ def test_nan_in_a_dropped_row_stays_there():
     tensors = mlp_tensors(case, len(token_ids_N), "gelu", True, torch.float64)
     upstream = torch.randn(case.T, case.D)
     args = (case, token_ids_N, expert_ids_N, "gelu")
-    clean = run_with_grads(through("torch", *args, rows_per_token), tensors, upstream)
+    clean = run_with_grads(routed_mlp("torch", *args, rows_per_token), tensors, upstream)
     assert (clean["weights"][expert_ids_N == -1] == 0).all()
     tensors["x"][0] = torch.nan
     tensors["weights"][expert_ids_N == -1] = torch.nan
     for per_token in (rows_per_token, 0):
-        assert_same(run_with_grads(through("torch", *args, per_token), tensors, upstream), clean)
+        assert_same(run_with_grads(routed_mlp("torch", *args, per_token), tensors, upstream), clean)
 
 
 def test_forward_alone_keeps_nothing():
     case = CASES["odd"]
     token_ids_N, expert_ids_N, _ = route(case)
     tensors = mlp_tensors(case, len(token_ids_N), "gelu", True, torch.float32)
-    function = through("torch", case, token_ids_N, expert_ids_N, "gelu", 0)
+    function = routed_mlp("torch", case, token_ids_N, expert_ids_N, "gelu", 0)
     assert not function(**tensors).requires_grad
     with torch.no_grad():
         assert not function(**{n: t.requires_grad_() for n, t in tensors.items()}).requires_grad
@@ -215,7 +202,7 @@ def test_second_derivative_is_refused():
         n: t.requires_grad_() for n, t in mlp_tensors(case, len(token_ids_N), "gelu", True, torch.float64).items()
     }
     for backend in ("torch", "reference"):
-        y = through(backend, case, token_ids_N, expert_ids_N, "gelu", 0)(**tensors)
+        y = routed_mlp(backend, case, token_ids_N, expert_ids_N, "gelu", 0)(**tensors)
         (dx,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
         if backend == "torch":
             with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
@@ -229,7 +216,7 @@ def test_autocast_computes_in_half_and_returns_full_gradients():
     case = Case(16, 3, 8, 16, 2)
     token_ids_N, expert_ids_N, rows_per_token = route(case)
     tensors = mlp_tensors(case, len(token_ids_N), "swiglu", True, torch.float32)
-    function = through("torch", case, token_ids_N, expert_ids_N, "swiglu", rows_per_token)
+    function = routed_mlp("torch", case, token_ids_N, expert_ids_N, "swiglu", rows_per_token)
     upstream = torch.randn(case.T, case.D).bfloat16()
     weights = tensors["weights"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -257,9 +244,9 @@ def test_bad_arguments():
         ({"weights": torch.randn(3)}, r"weights must be \(26,\), one for each row, got \(3,\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            through("torch", case, token_ids_N, expert_ids_N, "gelu", 0)(**(good | change))
+            routed_mlp("torch", case, token_ids_N, expert_ids_N, "gelu", 0)(**(good | change))
     with pytest.raises(ValueError, match=r"unknown activation 'gelo'\. Did you mean 'gelu'"):
-        through("torch", case, token_ids_N, expert_ids_N, "gelo", 0)(**good)
+        routed_mlp("torch", case, token_ids_N, expert_ids_N, "gelo", 0)(**good)
 
 
 def test_linear_in_the_routing_weights():
@@ -267,7 +254,7 @@ def test_linear_in_the_routing_weights():
     case = CASES["dropped"]
     token_ids_N, expert_ids_N, _ = route(case)
     tensors = mlp_tensors(case, len(token_ids_N), "gelu", True, torch.float64)
-    function = through("torch", case, token_ids_N, expert_ids_N, "gelu", 0)
+    function = routed_mlp("torch", case, token_ids_N, expert_ids_N, "gelu", 0)
     doubled = function(**(tensors | {"weights": 2 * tensors["weights"]}))
     torch.testing.assert_close(doubled, 2 * function(**tensors))
     dropped_T = torch.ones(case.T, dtype=torch.bool).index_fill_(0, token_ids_N[expert_ids_N != -1], False)

@@ -14,6 +14,7 @@ class Fake:
     """A backend that cannot run here, or cannot serve a kernel."""
 
     name = "fake"
+    optional = False
 
     def __init__(self, unavailable=None, refusal=None):
         self.unavailable, self.refusal = unavailable, refusal
@@ -21,7 +22,7 @@ class Fake:
     def available(self):
         return self.unavailable
 
-    def refuses(self, op, x):
+    def refuses(self, op, x, *weights):
         return self.refusal
 
 
@@ -39,7 +40,7 @@ IDS = torch.tensor([1, 0, 1])
 
 
 def test_what_is_available(fake):
-    assert fastmoe.backends() == {"torch": "available", "reference": "available"}
+    assert fastmoe.backends() | {"native": "?"} == {"native": "?", "torch": "available", "reference": "available"}
     fake(unavailable="no such chip")
     assert fastmoe.backends()["fake"] == "no such chip"
 

@@ -12,11 +12,13 @@ class TorchBackend:
     """See `fastmoe.kernels` for each kernel's arguments."""
 
     name = "torch"
+    native = False
+    optional = False
 
     def available(self) -> str | None:
         return None
 
-    def refuses(self, op: str, x: Tensor) -> str | None:
+    def refuses(self, op: str, x: Tensor, *weights: Tensor) -> str | None:
         return None
 
     def plan(self, expert_ids_N: Tensor, num_experts: int) -> Plan:
@@ -40,7 +42,8 @@ class TorchBackend:
     ) -> Tensor:
         tensors = (x_TD, weights_N, w1, b1, w2, b2)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y_TD, _ = ops.expert_mlp(*tensors, token_ids_N, plan.order_N, plan.offsets_E, activation, rows_per_token, keep)
+        rows = (token_ids_N, plan.order_N, plan.offsets_E)
+        y_TD, _ = ops.expert_mlp(*tensors, *rows, activation, rows_per_token, self.native, keep)
         return y_TD
 
     def combine(self, rows_NO: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, num_tokens: int) -> Tensor:

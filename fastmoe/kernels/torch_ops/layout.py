@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmoe.kernels.memory import new_buffer
 from fastmoe.kernels.reference import accumulation_dtype
-from fastmoe.kernels.torch_ops.memory import new_large
 
 
 class Layout(Protocol):
@@ -106,7 +106,7 @@ class LoopLayout:
         return out_SI
 
     def weight_grad(self, grad_SO: Tensor, slots_SI: Tensor) -> Tensor:
-        out_EOI = new_large(grad_SO, len(self.groups), grad_SO.shape[1], slots_SI.shape[1])
+        out_EOI = new_buffer(grad_SO, len(self.groups), grad_SO.shape[1], slots_SI.shape[1])
         outs = out_EOI.unbind(0)
         for e, start, end in self.groups:
             if start < end:
@@ -159,7 +159,7 @@ class PaddedLayout:
         return torch.bmm(self._by_expert(slots_SO), weight_EOI).flatten(0, 1)
 
     def weight_grad(self, grad_SO: Tensor, slots_SI: Tensor) -> Tensor:
-        out_EOI = new_large(grad_SO, self.num_experts, grad_SO.shape[1], slots_SI.shape[1])
+        out_EOI = new_buffer(grad_SO, self.num_experts, grad_SO.shape[1], slots_SI.shape[1])
         return torch.bmm(self._by_expert(grad_SO).transpose(1, 2), self._by_expert(slots_SI), out=out_EOI)
 
     def bias_grad(self, grad_SO: Tensor) -> Tensor:

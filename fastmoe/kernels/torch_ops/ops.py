@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fastmoe.kernels.contract import ids_out_of_range
+from fastmoe.kernels.native import mlp as native_mlp
+from fastmoe.kernels.native.library import usable
 from fastmoe.kernels.torch_ops.layout import choose_layout
 from fastmoe.kernels.torch_ops.mlp import Experts, Route, mlp_backward, mlp_forward
 
@@ -105,9 +107,16 @@ def expert_mlp(
     offsets_E: Tensor,
     activation: str,
     rows_per_token: int,
+    native: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`(y_TD, pre_NH)`; the pre-activations are what backward needs, empty unless `keep`."""
+    """`(y_TD, pre_NH)`; the pre-activations are what backward needs, empty unless `keep`.
+
+    `native`: with the compiled library, where there is one. A pass and its backward must say the same.
+    """
+    if native and usable():
+        rows = (token_ids_N, order_N, offsets_E)
+        return native_mlp.mlp_forward(x_TD, weights_N, w1, b1, w2, b2, *rows, activation, keep)
     route = Route.build(x_TD, token_ids_N, weights_N, order_N, offsets_E, w1, rows_per_token)
     return mlp_forward(route, x_TD, Experts(w1, b1, w2, b2, activation), keep)
 
@@ -133,9 +142,14 @@ def expert_mlp_backward(
     pre_NH: Tensor,
     activation: str,
     rows_per_token: int,
+    native: bool,
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weights, w1, b1, w2, b2."""
+    if native and usable():
+        rows = (token_ids_N, order_N, offsets_E)
+        grads = native_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rows, pre_NH, activation, needed)
+        return _given(grads, grad_TD)
     route = Route.build(x_TD, token_ids_N, weights_N, order_N, offsets_E, w1, rows_per_token)
     experts = Experts(w1, b1, w2, b2, activation)
     return _given(mlp_backward(route, grad_TD, x_TD, pre_NH, experts, needed), grad_TD)
@@ -154,7 +168,7 @@ _refuse_double_backward(expert_mlp_backward)
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.activation, ctx.rows_per_token, _keep = inputs
+    *tensors, ctx.activation, ctx.rows_per_token, ctx.native, _keep = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.needed = list(ctx.needs_input_grad[:6])
     ctx.set_materialize_grads(False)
@@ -162,11 +176,11 @@ def _expert_mlp_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
 
 def _expert_mlp_backward(ctx, grad_TD: Tensor | None, _grad_pre: Tensor | None):  # type: ignore[no-untyped-def]
     if grad_TD is None:
-        return (None,) * 12
+        return (None,) * 13
     grads = expert_mlp_backward(
-        grad_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.rows_per_token, ctx.needed
+        grad_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.rows_per_token, ctx.native, ctx.needed
     )
-    return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), *(None,) * 6
+    return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), *(None,) * 7
 
 
 expert_mlp.register_autograd(_expert_mlp_backward, setup_context=_expert_mlp_setup)
