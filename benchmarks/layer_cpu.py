@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _machine import machine
 from torch import Tensor, nn
 
 from fastmoe import kernels
+from fastmoe.bench.machine import machine
 
 # T tokens, E experts, D model width, H expert hidden width, K experts chosen per token
 SHAPES = [(2048, 8, 512, 1024, 2), (2048, 64, 512, 1024, 2), (1024, 256, 256, 512, 2), (4096, 512, 64, 128, 2)]

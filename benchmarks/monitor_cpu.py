@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from _machine import machine
 
 import fastmoe
+from fastmoe.bench.machine import machine
 from fastmoe.train.corpus import load_corpus
 from fastmoe.train.options import preset
 from fastmoe.train.trainer import Trainer

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from _machine import machine
 from rich.progress import track
 
 import fastmoe
+from fastmoe.bench.machine import machine
 from fastmoe.monitor.sinks.png import HeatMapPng
 from fastmoe.train.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
 from fastmoe.train.corpus import load_corpus

@@ -27,6 +27,12 @@ COMMANDS = {
         "train",
         ("matplotlib", "numpy", "rich", "tensorboard", "tyro"),
     ),
+    "bench": Command(
+        "time one MoE layer beside every other way to compute it",
+        "fastmoe.bench.command",
+        "bench",
+        ("matplotlib", "rich", "tyro"),
+    ),
     "report": Command("write a run's report as one HTML file", "fastmoe.train.report_command", "train", ("plotly",)),
 }
 

@@ -1,0 +1,60 @@
+"""What a forward and backward pass takes on top of weights and gradients, each contender in its own process."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastmoe.bench.contenders import DENSE, OURS, table
+from fastmoe.bench.problem import Problem
+
+Shape = tuple[int, int, int, int, int]
+
+
+def extra_memory(shape: Shape, dtype: str, activation: str, device: str) -> dict[str, float] | None:
+    """Peak MiB of ours and of the dense MLP on T*K rows; None where the system does not tell."""
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return None
+    found = {}
+    for name in (OURS, DENSE):
+        arguments = (name, shape, dtype, activation, device)
+        code = f"from fastmoe.bench.memory import _measure; _measure{arguments!r}"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        found[name] = ast.literal_eval(run.stdout.splitlines()[-1]) / 2**20
+    return found
+
+
+def _measure(name: str, shape: Shape, dtype: str, activation: str, device: str) -> None:
+    _step(name, (4, 2, 64, 64, 2), dtype, activation, device)  # what a library takes once does not count
+    p = Problem(shape, getattr(torch, dtype), activation, device)
+    contender = table()[name](p)
+    before = _reset_peak(device)
+    contender.step()
+    grads = sum(leaf.grad.nbytes for leaf in contender.leaves if leaf.grad is not None)
+    print(_peak(device) - before - grads)
+
+
+def _step(name: str, shape: Shape, dtype: str, activation: str, device: str) -> None:
+    table()[name](Problem(shape, getattr(torch, dtype), activation, device)).step()
+
+
+def _reset_peak(device: str) -> int:
+    """Forget the peak; the bytes in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
