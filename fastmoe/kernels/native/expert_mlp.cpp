@@ -117,30 +117,36 @@ static void outputs_of(
     return dot_rows<E, 4>(outputs, K, w, K, few, C, ldc);
   }
   long padded = up(g.rows, 16);
-#if HAVE_AMX
-  if (E::PAIR == 2 && p.amx) {
-    for (long m = 0; m < padded; m += PANEL)
-      tile_gemm(outputs, least(PANEL, padded - m), K, w, K, panels + m * K, least(PANEL, padded - m), C + m, ldc, STORE, m == 0);
-    return;
-  }
-#endif
   uint32_t copy[OUTPUTS * (DEPTH + 16)];  // rows of w a power of two apart would share few lines of the first-level cache
   long count = (padded + PANEL - 1) / PANEL;
+  const bool tiled = HAVE_AMX && E::PAIR == 2 && p.amx;
+  const long step = tiled ? 32 : ROWS;
   for (long k = 0; k < K; k += DEPTH) {
     long deep = least(DEPTH, K - k);
     const uint32_t* next = k + deep < K ? w + k + deep : w + outputs * K;  // the slice, or the block, that comes then
     View part = {w + k, K, 1};
-    if (padded > 2 * PANEL) {
+    if (count > 2) {
       for (long o = 0; o < outputs; o++) memcpy(copy + o * (DEPTH + 16), w + o * K + k, deep * 4);
       part = View{copy, DEPTH + 16, 1};
     }
-    for (long m = 0, i = 0; m < padded; m += PANEL, i++) {
-      long width = least(PANEL, padded - m);
-      for (long o = 0; o < outputs; o += ROWS) {
-        bool due = count == 1 || (o / ROWS) % count == i % count;
-        vector_gemm<E>(least(ROWS, outputs - o), width, deep, View{part.p + o * part.row, part.row, 1}, panels + m * K + k * width, width,
-                       C + o * ldc + m, ldc, k ? ADD : STORE, DEPTH, 0, due ? Fetch{next + o * K, K} : Fetch{});
+    // Few panels: all of them with the rows of w just read, while the next ones are on their way. Many: w stands in cache.
+    bool few_panels = count <= 2;
+    long of_rows = (outputs + step - 1) / step;
+    for (long t = 0; t < count * of_rows; t++) {
+      long i = few_panels ? t % count : t / of_rows, o = (few_panels ? t / count : t % of_rows) * step;
+      long m = i * PANEL, width = least(PANEL, padded - m), rows = least(step, outputs - o), share = up(step, count) / count;
+      const uint32_t* soon = few_panels && o + step < outputs ? w + k + (o + step) * K : few_panels ? next : next + o * K;
+      Fetch fetch = {soon + i * share * K, K, share};
+      if (!few_panels) fetch = o / step % count == i ? Fetch{soon, K, step} : Fetch{};
+      const uint32_t *A = part.p + o * part.row, *B = panels + m * K + k * width;
+      float* c = C + o * ldc + m;
+#if HAVE_AMX
+      if (tiled) {
+        tile_gemm(rows, width, deep, A, part.row, B, width, c, ldc, k ? ADD : STORE, fetch);
+        continue;
       }
+#endif
+      vector_gemm<E>(rows, width, deep, View{A, part.row, 1}, B, width, c, ldc, k ? ADD : STORE, DEPTH, 0, fetch);
     }
   }
 }
@@ -286,7 +292,7 @@ static void times_columns(
     const uint32_t* next = k + deep < K ? B + (k + deep) * ldw : B + columns;  // the block that comes then
     for (long n = 0; n < columns; n += PANEL)
       for (long m = 0; m < M; m += ROWS, fetched += 16) {
-        Fetch fetch = fetched < deep ? Fetch{next + fetched * ldw, ldw} : Fetch{};
+        Fetch fetch = fetched < deep ? Fetch{next + fetched * ldw, ldw, 16} : Fetch{};
         vector_gemm<E>(least(ROWS, M - m), least(PANEL, columns - n), deep, View{A + m * lda + k, lda, 1}, B + k * ldw + n, ldw,
                        C + m * columns + n, columns, k ? ADD : mode, DEPTH, 0, fetch);
       }

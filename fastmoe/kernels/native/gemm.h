@@ -20,10 +20,10 @@ struct View {
   long row, col;  // strides in units
 };
 
-// Memory to bring into the second-level cache meanwhile: of a matrix with rows `row` units apart, none where `p` is null.
+// Memory to bring into the second-level cache meanwhile: `rows` rows of a matrix, `row` units apart.
 struct Fetch {
   const uint32_t* p;
-  long row;
+  long row, rows;
 };
 
 template <class E, int MR, int NV, int MODE>
@@ -44,7 +44,7 @@ static inline __attribute__((always_inline)) void tile(
 #pragma GCC unroll 2
     for (int j = 0; j < NV; j++) b[j] = load(B + 16 * j);
     if (ahead) __builtin_prefetch(B + ahead), __builtin_prefetch(B + ahead + 16);
-    if (fetch.p) __builtin_prefetch(fetch.p + k % 16 * fetch.row + k / 16 * 16, 0, 2);
+    if (k % 16 < fetch.rows) __builtin_prefetch(fetch.p + k % 16 * fetch.row + k / 16 * 16, 0, 2);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) {
       uint32_t scalar = rows[i / 3][i % 3 == 0 ? 0 : i % 3 == 1 ? one : two];
@@ -70,7 +70,7 @@ static void column(long M, long K, View a, const uint32_t* B, long ldb, float* C
   long m = 0;
 #define TILE(MR) \
   for (; m + MR <= M; m += MR) tile<E, MR, NV, MODE>(K, View{a.p + m * a.row, a.row, a.col}, B, ldb, C + m * ldc, ldc, ahead, \
-                          Fetch{fetch.p ? fetch.p + m * fetch.row : nullptr, fetch.row})
+                          Fetch{fetch.p ? fetch.p + m * fetch.row : nullptr, fetch.row, fetch.rows})
   TILE(ROWS);
 #ifdef __AVX512F__
   TILE(8);
@@ -160,7 +160,7 @@ static bool tiles_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // Up to 2 x 2 tiles of 16 x 16: tiles 0..3 hold C, 4 and 5 A, 6 and 7 B.
 template <int MT, int NT, bool ADDS>
-static void tile_block(long K, const uint32_t* A, long lda, const uint32_t* B, long ldb, float* C, long ldc, bool fetch) {
+static void tile_block(long K, const uint32_t* A, long lda, const uint32_t* B, long ldb, float* C, long ldc, Fetch fetch) {
   if (ADDS) {
     _tile_loadd(0, C, ldc * 4);
     if (NT > 1) _tile_loadd(1, C + 16, ldc * 4);
@@ -175,8 +175,8 @@ static void tile_block(long K, const uint32_t* A, long lda, const uint32_t* B, l
   for (long k = 0; k < K; k += 16) {
     _tile_loadd(4, A + k, lda * 4);
     if (MT > 1) _tile_loadd(5, A + 16 * lda + k, lda * 4);
-    if (fetch)
-      for (int i = 0; i < 16 * MT; i++) __builtin_prefetch(A + (16 * MT + i) * lda + k, 0, 2);
+    if (fetch.p)
+      for (int i = 0; i < fetch.rows; i++) __builtin_prefetch(fetch.p + i * fetch.row + k, 0, 2);
     _tile_loadd(6, B + k * ldb, ldb * 4);
     _tile_dpbf16ps(0, 4, 6);
     if (MT > 1) _tile_dpbf16ps(2, 5, 6);
@@ -195,7 +195,7 @@ static void tile_block(long K, const uint32_t* A, long lda, const uint32_t* B, l
 // M and N multiples of 16, K of 16 pairs, A with k side by side.
 template <bool ADDS>
 static void tile_slice(
-    long M, long N, long K, const uint32_t* A, long lda, const uint32_t* B, long ldb, float* C, long ldc, bool fetch) {
+    long M, long N, long K, const uint32_t* A, long lda, const uint32_t* B, long ldb, float* C, long ldc, Fetch fetch) {
   for (long n = 0; n < N; n += 32)
     for (long m = 0; m < M; m += 32) {
       const uint32_t *a = A + m * lda, *b = B + n;
@@ -208,7 +208,7 @@ static void tile_slice(
 }
 
 static void tile_gemm(
-    long M, long N, long K, const uint32_t* A, long lda, const uint32_t* B, long ldb, float* C, long ldc, Mode mode, bool fetch = false) {
+    long M, long N, long K, const uint32_t* A, long lda, const uint32_t* B, long ldb, float* C, long ldc, Mode mode, Fetch fetch = {}) {
   for (long k = 0; k < K; k += DEPTH) {
     long deep = K - k < DEPTH ? K - k : DEPTH;
     if (k || mode == ADD) tile_slice<true>(M, N, deep, A + k, lda, B + k * ldb, ldb, C, ldc, fetch);
