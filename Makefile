@@ -27,7 +27,7 @@ test-all: lint
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/layer_cpu.py
+	$(BIN)/python -m fastmoe bench --preset cpu --out benchmarks/results $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

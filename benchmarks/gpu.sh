@@ -7,3 +7,4 @@ out=${1:-benchmarks/results}
 mkdir -p "$out"
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
 python3 -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py 2>&1 | tee "$out/gpu_tests.txt"
+python3 benchmarks/bench_gpu.py gpu fastmoe-paper --out "$out"

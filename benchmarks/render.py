@@ -1,30 +1,80 @@
-"""Write the tables of README.md and docs/routers.md from benchmarks/results: `python benchmarks/render.py`."""
+"""Write the tables of README.md and docs/, and the picture, from benchmarks/results: `python benchmarks/render.py`."""
 
 import json
 import re
 from pathlib import Path
 
+from fastmoe.bench.plot import plot
+
 ROOT = Path(__file__).parents[1]
-PEERS = ["F.grouped_mm", "ModuleList loop", "brute-force loop", "dense MLP"]
+OURS, DENSE = "fastmoe", "dense MLP"
+HUGGING_FACE = ("HF eager", "HF batched_mm", "HF grouped_mm")
+PEERS = ["F.grouped_mm", "best of HF", "ModuleList loop", "brute-force loop"]
 
 
-def speed_table(result: dict) -> str:
-    """How one layer's speed compares, with the machine under it."""
+def speed_table(*results: dict) -> str:
+    """How one layer's routed MLP compares, over all results, with the machine under it."""
     lines = [
-        "| T, E, D, H, K | dtype | pass | fastmoe, ms | " + " | ".join(PEERS) + " |",
-        "|---|---|---|--:|" + "--:|" * len(PEERS),
+        "| T, E, D, H, K | dtype | MLP | pass | fastmoe, ms | / floor | " + " | ".join(PEERS) + " |",
+        "|---|---|---|---|--:|--:|" + "--:|" * len(PEERS),
     ]
-    for row in result["rows"]:
+    for row in sorted((row for result in results for row in result["rows"]), key=_place):
         shape = ", ".join(str(size) for size in row["shape"].values())
-        for mode in ("forward", "forward+backward"):
-            ratios = " | ".join(f"{_ratio(row[mode][peer]['times_ours'])}" for peer in PEERS)
-            lines.append(f"| {shape} | {row['dtype']} | {mode} | {row[mode]['fastmoe']['median_ms']:.1f} | {ratios} |")
+        for mode, found in row["modes"].items():
+            ours = found["contenders"][OURS]
+            ratios = " | ".join(_peer(found["contenders"], peer) for peer in PEERS)
+            lines.append(
+                f"| {shape} | {row['dtype']} | {row['activation']} | {mode} | {ours['median_ms']:.1f} "
+                f"| {ours['over_floor']:.2f} | {ratios} |"
+            )
     lines += [
         "",
-        f"{_machine(result['machine'])}, {result['rounds']} rounds. "
-        "A ratio above 1 means that ours is faster. Figures: [layer_cpu.json](benchmarks/results/layer_cpu.json).",
+        f"{_machine(results[0]['machine'])}, {results[0]['settings']['rounds']} rounds. Figures, with quartiles and "
+        "all other contenders: " + ", ".join(f"[{name}.json](benchmarks/results/{name}.json)" for name in SPEED) + ".",
     ]
     return "\n".join(lines)
+
+
+def memory_table(*results: dict) -> str:
+    """Extra memory of forward and backward beside the dense MLP's."""
+    lines = ["| T, E, D, H, K | dtype | MLP | fastmoe, MiB | dense MLP, MiB | ratio |", "|---|---|---|--:|--:|--:|"]
+    for row in sorted((row for result in results for row in result["rows"]), key=_place):
+        if row.get("extra_mib"):
+            ours, dense = row["extra_mib"][OURS], row["extra_mib"][DENSE]
+            shape = ", ".join(str(size) for size in row["shape"].values())
+            lines.append(
+                f"| {shape} | {row['dtype']} | {row['activation']} | {ours:.0f} | {dense:.0f} | {ours / dense:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def layer_table(*results: dict) -> str:
+    """Whole layers of other libraries, router included, beside ours."""
+    names = ["DeepSpeed MoE", "st-moe-pytorch", "mixture-of-experts"]
+    lines = ["| T, E, D, H, K | dtype | pass | `fastmoe.MoE`, ms | " + " | ".join(names) + " |"]
+    lines.append("|---|---|---|--:|" + "--:|" * len(names))
+    for row in sorted((row for result in results for row in result["rows"]), key=_place):
+        for mode, found in row["modes"].items():
+            if row["activation"] != "gelu" or not set(names) & set(found["contenders"]):
+                continue
+            shape = ", ".join(str(size) for size in row["shape"].values())
+            ratios = " | ".join(_peer(found["contenders"], name) for name in names)
+            ours = found["contenders"]["fastmoe layer"]["median_ms"]
+            lines.append(f"| {shape} | {row['dtype']} | {mode} | {ours:.1f} | {ratios} |")
+    return "\n".join(lines)
+
+
+def _place(row: dict) -> tuple:
+    sizes = row["shape"]
+    return (
+        len(row["modes"]) == 1, sizes["E"], sizes["T"] * sizes["D"], row["activation"], row["dtype"] != "float32"
+    )  # fmt: skip
+
+
+def _peer(contenders: dict, peer: str) -> str:
+    names = HUGGING_FACE if peer == "best of HF" else (peer,)
+    found = [contenders[name]["times_ours"] for name in names if name in contenders]
+    return _ratio(min(found)) if found else "-"
 
 
 def router_table(result: dict) -> str:
@@ -62,19 +112,26 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
+SPEED = ["cpu", "cpu_large"]
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 TABLES = [
-    ("layer_cpu", ROOT / "README.md", speed_table),
-    ("routers", ROOT / "docs" / "routers.md", router_table),
+    ("cpu", SPEED, ROOT / "README.md", speed_table),
+    ("memory", SPEED, BENCHMARKS, memory_table),
+    ("layers", SPEED, BENCHMARKS, layer_table),
+    ("routers", ["routers"], ROOT / "docs" / "routers.md", router_table),
 ]
 
 
 def main() -> None:
-    for name, page, table in TABLES:
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        start, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
-        text = f"{start}\n\n{table(result)}\n\n{end}"
+    for mark, names, page, table in TABLES:
+        paths = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in names]
+        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        start, end = f"<!-- {mark} table -->", f"<!-- end of {mark} table -->"
+        text = f"{start}\n\n{table(*results)}\n\n{end}"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.S)
         page.write_text(pattern.sub(lambda _, text=text: text, page.read_text()))
+    merged = [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in SPEED]
+    plot(merged[0] | {"rows": sorted((r for m in merged for r in m["rows"]), key=_place)}, ROOT / "docs/images/cpu.png")
 
 
 if __name__ == "__main__":

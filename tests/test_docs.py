@@ -10,6 +10,7 @@ BLOCKS = [
     pytest.param(block, id=f"{path.name}-{i}")
     for path in (
         ROOT / "README.md",
+        ROOT / "docs" / "benchmarks.md",
         ROOT / "docs" / "concepts.md",
         ROOT / "docs" / "monitor.md",
         ROOT / "docs" / "routers.md",

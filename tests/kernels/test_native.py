@@ -11,6 +11,8 @@ import fastmoe
 from fastmoe import kernels
 from fastmoe.kernels import registry
 from fastmoe.kernels.native import library, mlp
+from fastmoe.kernels.native.choice import hands_over
+from fastmoe.kernels.torch_ops import ops
 
 pytestmark = pytest.mark.usefixtures("poison")
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"]
@@ -231,6 +233,22 @@ def test_indices_out_of_range():
             kernels.expert_mlp(
                 x, torch.tensor(tokens), weights, given, w, None, w, None, activation="relu", backend="native"
             )
+
+
+@needs_library
+def test_large_float32_groups_are_left_to_pytorch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "hands_over", lambda *sizes: asked.append(sizes) or hands_over(*sizes))
+    for rows, dtype, expected in [
+        (512, torch.float32, True),
+        (511, torch.float32, False),
+        (512, torch.bfloat16, False),
+    ]:
+        assert hands_over(dtype, rows, 2, 512, 1024) is expected
+    assert not hands_over(torch.float32, 512, 2, 512, 1008)
+    case = Case(512, 2, 512, 1024, 1)
+    assert_measured(*three_ways(case, "relu", False, torch.float32))
+    assert asked == [(torch.float32, 512, 2, 512, 1024)] * 2  # forward and backward
 
 
 @needs_library

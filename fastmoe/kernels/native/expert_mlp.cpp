@@ -532,10 +532,10 @@ static size_t backward(const Problem& p, bool run) {
   Space<E> all;
   all.line = p.D + 16 * E::PAIR;
   all.grad = arena.take<T>(padded * all.line);
-  all.x = arena.take<uint32_t>(padded / E::PAIR * p.D);
+  all.x = arena.take<uint32_t>(padded * p.D);
+  all.grad_t = all.x + padded / 2 * p.D;  // used for bfloat16, whose x is half as long
+  all.rows = (float*)all.x;               // written when x and grad_t were read for the last time
   all.dpre = arena.take<T>(padded * width);
-  all.grad_t = arena.take<uint32_t>(E::PAIR == 2 ? padded / 2 * p.D : 0);
-  all.rows = arena.take<float>(R * p.D);
   all.parts = arena.take<float>((of_hidden + 1) * R);
   int32_t* starts = arena.take<int32_t>(p.T + 1);
   int32_t* positions = arena.take<int32_t>(R);

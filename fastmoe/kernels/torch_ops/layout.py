@@ -200,7 +200,7 @@ class GroupedLayout:
 
 
 # What one more `torch.mm` call, and moving one byte into padded slots, cost on a CPU, in floating-point operations that
-# `torch.bmm` does in that time. Measured with benchmarks/layer_cpu.py's shapes on a 2-core Xeon, whose small bfloat16
+# `torch.bmm` does in that time. Measured with the shapes of `fastmoe bench` on a 2-core Xeon, whose small bfloat16
 # products pay a set-up of some 20 us each.
 _COSTS_IN_FLOPS = {torch.bfloat16: (5e7, 100), torch.float16: (5e7, 100)}
 _COSTS_IN_FLOPS_DEFAULT = (1e6, 25)

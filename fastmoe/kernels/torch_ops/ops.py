@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastmoe.kernels.contract import ids_out_of_range
 from fastmoe.kernels.native import mlp as native_mlp
+from fastmoe.kernels.native.choice import hands_over
 from fastmoe.kernels.native.library import usable
 from fastmoe.kernels.torch_ops.layout import choose_layout
 from fastmoe.kernels.torch_ops.mlp import Experts, Route, mlp_backward, mlp_forward
@@ -94,6 +95,10 @@ def _grouped_mm_backward(ctx, grad_NO: Tensor):  # type: ignore[no-untyped-def]
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm_setup)
 
 
+def _is_native(x_TD: Tensor, w2: Tensor, order_N: Tensor) -> bool:
+    return usable() and not hands_over(x_TD.dtype, len(order_N), *w2.shape)
+
+
 @torch.library.custom_op("fastmoe::expert_mlp", mutates_args=())
 def expert_mlp(
     x_TD: Tensor,
@@ -112,9 +117,9 @@ def expert_mlp(
 ) -> tuple[Tensor, Tensor]:
     """`(y_TD, pre_NH)`; the pre-activations are what backward needs, empty unless `keep`.
 
-    `native`: with the compiled library, where there is one. A pass and its backward must say the same.
+    `native`: with the compiled library, where there is one and it is faster. A pass and its backward must say the same.
     """
-    if native and usable():
+    if native and _is_native(x_TD, w2, order_N):
         rows = (token_ids_N, order_N, offsets_E)
         return native_mlp.mlp_forward(x_TD, weights_N, w1, b1, w2, b2, *rows, activation, keep)
     route = Route.build(x_TD, token_ids_N, weights_N, order_N, offsets_E, w1, rows_per_token)
@@ -146,7 +151,7 @@ def expert_mlp_backward(
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weights, w1, b1, w2, b2."""
-    if native and usable():
+    if native and _is_native(x_TD, w2, order_N):
         rows = (token_ids_N, order_N, offsets_E)
         grads = native_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rows, pre_NH, activation, needed)
         return _given(grads, grad_TD)
