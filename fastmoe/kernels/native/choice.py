@@ -1,4 +1,4 @@
-"""Where PyTorch's own products are the faster ones: benchmarks/choose_cpu.py measures it, results/choose_cpu.json has it."""
+"""Where PyTorch's own products are faster; benchmarks/choose_cpu.py measures it into results/choose_cpu.json."""
 
 import torch
 
