@@ -45,8 +45,8 @@ def main() -> None:
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
     optimizer.zero_grad()
-    logits = model(ids[:, :-1])
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    _, loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
     optimizer.step()
 
 
