@@ -26,6 +26,8 @@ def poison(monkeypatch):
 
         return call
 
+    with torch.device("cpu"):
+        torch.empty(0)  # a device context remembers the constructors that it first finds: they must be the real ones
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "frombuffer")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
