@@ -5,12 +5,10 @@ time torch takes. `fastmoe.kernels.native.choice` has the rule that follows: whe
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from fastmoe.bench.machine import machine
 from fastmoe.bench.presets import Preset
-from fastmoe.bench.run import Settings, run
+from fastmoe.bench.run import Settings, run, save
 from fastmoe.kernels.torch_ops import ops
 
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -45,10 +43,9 @@ def main() -> None:
         }
         rows.append({"shape": row["shape"], "dtype": row["dtype"], "torch_over_native": ratios})
         print(rows[-1], flush=True)
+        save({"machine": result["machine"], "rounds": arguments.rounds, "rows": rows}, arguments.out)
 
     run(preset, Settings(arguments.rounds, 5.0, memory=False), done)
-    result = {"machine": machine(), "rounds": arguments.rounds, "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
