@@ -2,6 +2,7 @@
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def measure(p: Problem, contenders: dict[str, Contender], rounds: int, seconds: 
     target = torch.empty_like(source)
     times["copy"] = Times()
     for round_number in range(rounds):
-        for name in rotated(list(contenders), round_number):
+        for name in shuffled(list(contenders), round_number):
             contender, spent = contenders[name], times[name]
             if round_number and (sum(spent.forward) + sum(spent.step)) / round_number * (round_number + 1) > seconds:
                 continue
@@ -103,10 +104,9 @@ def measure(p: Problem, contenders: dict[str, Contender], rounds: int, seconds: 
     return times
 
 
-def rotated(names: list[str], by: int) -> list[str]:
-    """Each round starts with another, so that none always runs first."""
-    by %= len(names)
-    return names[by:] + names[:by]
+def shuffled(names: list[str], round_number: int) -> list[str]:
+    """Each round has an order of its own: who runs just before leaves the weights in cache, or does not."""
+    return random.Random(round_number).sample(names, len(names))
 
 
 def timed(call: Callable[[], object], device: str) -> float:

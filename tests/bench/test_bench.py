@@ -1,6 +1,7 @@
 """`fastmoe bench`: who runs, who is turned away, and what is written. No timing is asserted."""
 
 import importlib.util
+import itertools
 import json
 import statistics
 
@@ -134,7 +135,15 @@ def test_the_slow_sit_out_rounds():
     times = measuring.measure(problem, found.contenders, rounds=3, seconds=0.0)
     assert [len(times[name].step) for name in (OURS, DENSE)] == [1, 1]
     assert len(times["copy"].forward) == 3
-    assert measuring.rotated(["a", "b", "c"], 4) == ["b", "c", "a"]
+
+
+def test_each_round_has_an_order_of_its_own():
+    names = ["a", "b", "c", "d"]
+    orders = [measuring.shuffled(names, number) for number in range(20)]
+    assert all(sorted(order) == names for order in orders)
+    assert {order[0] for order in orders} == set(names)
+    followers = {(x, y) for order in orders for x, y in itertools.pairwise(order)}
+    assert len(followers) == 12
 
 
 def test_decoding_has_no_backward():

@@ -357,3 +357,20 @@ def test_on_lesser_processors(march, fresh, monkeypatch):
         for name in ("dropped", "expert_choice", "panels", "few_rows"):
             case = fit((CASES | LARGE)[name], dtype)
             assert_measured(*three_ways(case, "swiglu", True, dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("E", [1, 3, 70])
+@pytest.mark.parametrize("N", [0, 1, 500])
+def test_plan_is_the_reference_plan(E, N):
+    ids = torch.randint(-1, E, (N, 2))[:, 0]
+    got, expected = (kernels.plan(ids, E, backend=name) for name in ("native", "reference"))
+    assert torch.equal(got.order_N, expected.order_N)
+    assert torch.equal(got.offsets_E, expected.offsets_E)
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [-2, 3, 2**40])
+def test_plan_refuses_an_id_out_of_range(bad):
+    with pytest.raises(ValueError, match=r"expert ids must lie in 0\.\.2"):
+        kernels.plan(torch.tensor([0, bad, 1]), 3, backend="native")

@@ -22,7 +22,8 @@ ORDER = ("x", "weights", "w1", "b1", "w2", "b2")
 def test_operators(name):
     expert_ids_N, case, plan, token_ids_N, rows_per_token, tensors = arguments(name)
     ops = torch.ops.fastmoe
-    torch.library.opcheck(ops.plan, (expert_ids_N, case.E))
+    torch.library.opcheck(ops.plan, (expert_ids_N, case.E, False))
+    torch.library.opcheck(ops.plan, (expert_ids_N, case.E, True))
     leaves = [tensors[n].requires_grad_() for n in ORDER]
     rest = (token_ids_N, plan.order_N, plan.offsets_E)
     torch.library.opcheck(ops.expert_mlp, (*leaves, *rest, "swiglu", rows_per_token, False, True))

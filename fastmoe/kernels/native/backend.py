@@ -8,7 +8,7 @@ from fastmoe.kernels.torch_ops import TorchBackend
 
 
 class NativeBackend(TorchBackend):
-    """`expert_mlp` on a CPU in float32 and bfloat16; the other kernels are the `torch` backend's."""
+    """`plan`, and `expert_mlp` in float32 and bfloat16, on a CPU; the other kernels are the `torch` backend's."""
 
     name = "native"
     native = True

@@ -623,5 +623,21 @@ extern "C" size_t fastmoe_backward(const Problem* p, int run) {
   if (!run && !valid(*p)) return 0;
   return p->bfloat16 ? backward<BF16>(*p, run) : backward<F32>(*p, run);
 }
+// A stable sort of rows by expert, id -1 last: `order` (N) and `ends` (E). Returns 0 if an id is out of range.
+extern "C" int fastmoe_plan(const int64_t* ids, int64_t N, int64_t E, int64_t* order, int32_t* ends) {
+  memset(ends, 0, E * sizeof(int32_t));
+  for (int64_t i = 0; i < N; i++) {
+    if (ids[i] < -1 || ids[i] >= E) return 0;
+    if (ids[i] >= 0) ends[ids[i]]++;
+  }
+  int32_t routed = 0;
+  for (int64_t e = 0; e < E; e++) {
+    int32_t count = ends[e];
+    ends[e] = routed;  // where the expert's rows start; each row moves it on, to where they end
+    routed += count;
+  }
+  for (int64_t i = 0; i < N; i++) order[ids[i] < 0 ? routed++ : ends[ids[i]]++] = i;
+  return 1;
+}
 // Whether bfloat16 may use AMX tiles here.
 extern "C" int fastmoe_amx() { return tiles_allowed(); }

@@ -99,5 +99,7 @@ def _own_temporary_folder() -> Path:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.fastmoe_forward, library.fastmoe_backward):
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_size_t
+    library.fastmoe_plan.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    library.fastmoe_plan.restype = ctypes.c_int
     library.fastmoe_amx.argtypes, library.fastmoe_amx.restype = [], ctypes.c_int
     return library

@@ -1,4 +1,4 @@
-"""The routed MLP through the compiled library: what the library is given, and where its results go."""
+"""The plan and the routed MLP through the compiled library: what the library is given, and where its results go."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmoe.kernels.activations import get_activation
+from fastmoe.kernels.contract import ids_out_of_range
 from fastmoe.kernels.memory import new_buffer
 from fastmoe.kernels.native.library import load
 
@@ -35,6 +36,16 @@ def refusal(x_TD: Tensor, hidden: int) -> str | None:
     if x_TD.shape[1] % multiple or hidden % multiple:
         return f"widths must be multiples of {multiple} in {x_TD.dtype}, got D {x_TD.shape[1]} and H {hidden}"
     return None
+
+
+def sort_rows(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """`(order_N, offsets_E)` of a `Plan`."""
+    expert_ids_N = expert_ids_N.contiguous()
+    order_N, offsets_E = torch.empty_like(expert_ids_N), expert_ids_N.new_empty(num_experts, dtype=torch.int32)
+    sizes = (len(expert_ids_N), num_experts)
+    if not _library().fastmoe_plan(expert_ids_N.data_ptr(), *sizes, order_N.data_ptr(), offsets_E.data_ptr()):
+        raise ids_out_of_range(expert_ids_N, num_experts)
+    return order_N, offsets_E
 
 
 def mlp_forward(

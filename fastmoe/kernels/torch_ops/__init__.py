@@ -22,7 +22,7 @@ class TorchBackend:
         return None
 
     def plan(self, expert_ids_N: Tensor, num_experts: int) -> Plan:
-        return Plan(*ops.plan(expert_ids_N, num_experts))
+        return Plan(*ops.plan(expert_ids_N, num_experts, self.native))
 
     def grouped_mm(self, rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
         return ops.grouped_mm(rows_NI, weight_EOI, bias_EO, offsets_E)

@@ -26,8 +26,10 @@ def _refuse_double_backward(op: torch.library.CustomOpDef) -> None:
 
 
 @torch.library.custom_op("fastmoe::plan", mutates_args=())
-def plan(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def plan(expert_ids_N: Tensor, num_experts: int, native: bool) -> tuple[Tensor, Tensor]:
     """`(order_N int64, offsets_E int32)`: a stable sort by expert, id -1 last."""
+    if native and usable():
+        return native_mlp.sort_rows(expert_ids_N, num_experts)
     keys_N = torch.where(expert_ids_N == -1, num_experts, expert_ids_N)
     order_N = torch.argsort(keys_N, stable=True)
     if keys_N.device.type == "cpu":
@@ -41,7 +43,7 @@ def plan(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 @plan.register_fake
-def _(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _(expert_ids_N: Tensor, num_experts: int, native: bool) -> tuple[Tensor, Tensor]:
     return expert_ids_N.new_empty(expert_ids_N.shape), expert_ids_N.new_empty(num_experts, dtype=torch.int32)
 
 
