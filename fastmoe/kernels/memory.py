@@ -9,6 +9,8 @@ import mmap
 import sys
 import weakref
 from bisect import bisect_left, insort
+from collections import deque
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -24,23 +26,38 @@ class _Pool:
 
     def __init__(self) -> None:
         self.kept: list[tuple[int, int, mmap.mmap]] = []
+        self.returned: deque[mmap.mmap] = deque()
+        self.lock = Lock()
 
     def take(self, size: int) -> mmap.mmap:
-        index = bisect_left(self.kept, (size,))
-        if index < len(self.kept) and self.kept[index][0] <= _MAX_WASTE * size:
-            return self.kept.pop(index)[2]
-        self._make_room(size)
+        with self.lock:
+            self._sort_in()
+            index = bisect_left(self.kept, (size,))
+            if index < len(self.kept) and self.kept[index][0] <= _MAX_WASTE * size:
+                return self.kept.pop(index)[2]
+            self._make_room(size)
         buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer.madvise(mmap.MADV_HUGEPAGE)
         return buffer
+
+    def give(self, buffer: mmap.mmap) -> None:
+        """Called when a tensor is freed: in any thread, and between any two lines, those of `take` too."""
+        self.returned.append(buffer)
+
+    def clear(self) -> None:
+        with self.lock:
+            self._sort_in()
+            self.kept.clear()
+
+    def _sort_in(self) -> None:
+        while self.returned:
+            buffer = self.returned.popleft()
+            insort(self.kept, (len(buffer), id(buffer), buffer))
 
     def _make_room(self, size: int) -> None:
         """Give back as much as is about to be asked for, smallest first: what is kept does not add to the need."""
         while self.kept and size > 0:
             size -= self.kept.pop(0)[0]
-
-    def give(self, buffer: mmap.mmap) -> None:
-        insort(self.kept, (len(buffer), id(buffer), buffer))
 
 
 _pool = _Pool()
@@ -63,4 +80,4 @@ def new_buffer(like: Tensor, *shape: int) -> Tensor:
 
 def empty_cache() -> None:
     """Give the memory that fastmoe keeps for its next large CPU buffers back to the system; tensors in use stay."""
-    _pool.kept.clear()
+    _pool.clear()

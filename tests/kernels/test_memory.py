@@ -1,6 +1,7 @@
 """Large CPU buffers that live across steps."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def _empty():
 
 
 def kept():
+    memory._pool._sort_in()
     return [size for size, *_ in memory._pool.kept]
 
 
@@ -64,6 +66,38 @@ def test_what_does_not_serve_is_given_back():
     del large
     fastmoe.empty_cache()
     assert kept() == []
+
+
+def test_a_buffer_may_come_back_at_any_moment(monkeypatch):
+    """The garbage collector runs between any two lines, and other threads do."""
+    like = torch.empty(0)
+    del_me, small = memory.new_buffer(like, 4 * MIB), [memory.new_buffer(like, MIB)]
+    del del_me
+
+    def bisect_left(*args):
+        index = memory_bisect_left(*args)
+        small.clear()
+        return index
+
+    memory_bisect_left = memory.bisect_left
+    monkeypatch.setattr(memory, "bisect_left", bisect_left)
+    buffer = memory.new_buffer(like, 4 * MIB)
+    assert not small
+    assert len(buffer) == 4 * MIB
+
+
+def test_threads_never_share_a_buffer():
+    def work(number):
+        wrong = 0
+        for i in range(200):
+            buffer = memory.new_buffer(torch.empty(0), MIB * (1 + (i + number) % 3))
+            mark = number * 1000 + i
+            buffer[::4096] = mark
+            wrong += int((buffer[::4096] != mark).sum())
+        return wrong
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [0] * 4
 
 
 def test_gradients_of_an_earlier_step_stay_as_they_were():
