@@ -69,6 +69,10 @@ def main(arguments: Sequence[str]) -> int:
         preset = chosen(command)
         if command.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {command.rounds}")
+        if not command.seconds >= 0:
+            raise ValueError(f"seconds must be at least 0, got {command.seconds}")
+        if "/" in (command.name or ""):
+            raise ValueError(f"name must be a file's name, without a folder, got {command.name!r}")
         command.out.mkdir(parents=True, exist_ok=True)
         path = command.out / f"{command.name or command.preset}.json"
 
@@ -79,6 +83,10 @@ def main(arguments: Sequence[str]) -> int:
         result = run(preset, Settings(command.rounds, command.seconds, command.memory), done)
     except (ValueError, OSError) as error:
         print(f"fastmoe bench: {error}", file=sys.stderr)
+        return 2
+    for skipped in result["skipped"]:
+        console.print("skipped: {shape}, {dtype}, {activation}: {reason}".format(**skipped))
+    if not result["rows"]:
         return 2
     plot(result, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}")

@@ -10,8 +10,31 @@ import torch
 
 from fastmoe.bench.contenders import DENSE, OURS, table
 from fastmoe.bench.problem import Problem
+from fastmoe.kernels import get_activation
 
 Shape = tuple[int, int, int, int, int]
+
+
+def too_large(shape: Shape, dtype: str, activation: str, device: str) -> str | None:
+    """The reason why this machine has not the memory for a problem with all its contenders; None if it has."""
+    T, E, D, H, K = shape
+    size = getattr(torch, dtype).itemsize
+    weights = E * D * H * (3 if get_activation(activation).gated else 2)
+    # Weights, gradients and buffers kept for them, ours and those of contenders with weights of their own; float64's.
+    needed = weights * (8 * size + 24) + 16 * T * K * (D + H) * 8
+    free = free_bytes(device)
+    if free is None or needed <= free:
+        return None
+    return f"it needs some {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
+
+
+def free_bytes(device: str) -> int | None:
+    """Free memory of the device; None where the system does not tell."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def extra_memory(shape: Shape, dtype: str, activation: str, device: str) -> dict[str, float] | None:

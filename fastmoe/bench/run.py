@@ -13,7 +13,7 @@ from fastmoe import kernels
 from fastmoe.bench.contenders import choose
 from fastmoe.bench.machine import machine
 from fastmoe.bench.measure import gather, measure, summarize
-from fastmoe.bench.memory import extra_memory
+from fastmoe.bench.memory import extra_memory, too_large
 from fastmoe.bench.presets import Preset
 from fastmoe.bench.problem import Problem
 
@@ -32,6 +32,8 @@ class Settings:
 def run(preset: Preset, settings: Settings, done: Callable[[dict], None]) -> dict:
     """Time every problem of a preset; `done(result)` is called after each with what there is by then.
 
+    A problem that needs more memory than is free is in `result["skipped"]`, with the reason.
+
     Raises:
         ValueError: an unknown contender, dtype, activation or device.
     """
@@ -43,11 +45,16 @@ def run(preset: Preset, settings: Settings, done: Callable[[dict], None]) -> dic
         "backends": kernels.backends(),
         "settings": dataclasses.asdict(settings) | {"preset": dataclasses.asdict(preset)},
         "rows": [],
+        "skipped": [],
     }
     problems = [(shape, True) for shape in preset.shapes] + [(shape, False) for shape in preset.decode]
     for shape, backward in problems:
         for dtype in preset.dtypes:
             for activation in preset.activations:
+                if reason := too_large(shape, dtype, activation, preset.device):
+                    case = {"shape": dict(zip("TEDHK", shape, strict=True)), "dtype": dtype, "activation": activation}
+                    result["skipped"].append(case | {"reason": reason})
+                    continue
                 p = Problem(shape, getattr(torch, dtype), activation, preset.device, backward)
                 found = gather(p, builders)
                 row = summarize(p, found, measure(p, found.contenders, settings.rounds, settings.seconds))

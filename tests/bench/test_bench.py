@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("tyro")
 
 from fastmoe.bench import measure as measuring
+from fastmoe.bench import memory as bench_memory
 from fastmoe.bench import peers, plain, presets
 from fastmoe.bench.command import Command as Flags
 from fastmoe.bench.command import chosen, main
@@ -227,3 +228,28 @@ def test_extra_memory_is_of_the_right_size():
         pytest.skip("this system does not tell")
     kept = 4096 * 2 * 1024 * 4 / 2**20  # the pre-activations alone
     assert kept < found[OURS] < found[DENSE] < 12 * kept
+
+
+def test_what_memory_does_not_hold_is_skipped_and_named(tmp_path, capsys, monkeypatch):
+    large, small = "64x8x1024x1024x2", "8x2x32x32x1"
+    monkeypatch.setattr(bench_memory, "free_bytes", lambda device: 50 << 20)
+    flags = ["--dtypes", "float32", "--activations", "gelu", "--contenders", "F.grouped_mm", "--no-memory"]
+    assert main([*flags, "--shapes", large, small, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["shape"]["T"] for row in result["rows"]] == [8]
+    assert [skipped["shape"]["T"] for skipped in result["skipped"]] == [64]
+    assert "memory" in " ".join(capsys.readouterr().out.split("skipped:")[1].split())
+    assert main([*flags, "--shapes", large, "--out", str(tmp_path / "none")]) == 2
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_what_is_free_is_known_or_no_limit(monkeypatch):
+    assert bench_memory.free_bytes("cpu") > 1 << 20
+    monkeypatch.setattr(bench_memory, "free_bytes", lambda device: None)
+    assert bench_memory.too_large((10**6, 10**4, 10**4, 10**4, 2), "float32", "gelu", "cpu") is None
+
+
+@pytest.mark.parametrize("flags", [["--name", "a/b"], ["--seconds", "-1"], ["--seconds", "nan"]])
+def test_flags_that_make_no_sense(flags, tmp_path, capsys):
+    assert main([*flags, "--shapes", "8x2x32x32x1", "--out", str(tmp_path)]) == 2
+    assert flags[0].strip("-") in capsys.readouterr().err
