@@ -85,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"fastmoe bench: {error}", file=sys.stderr)
         return 2
     for skipped in result["skipped"]:
-        console.print("skipped: {shape}, {dtype}, {activation}: {reason}".format(**skipped))
+        shape = ", ".join(f"{letter} {size}" for letter, size in skipped["shape"].items())
+        console.print(f"skipped: {shape}, {skipped['dtype']}, {skipped['activation']}: {skipped['reason']}")
     if not result["rows"]:
         return 2
     plot(result, path.with_suffix(".png"))

@@ -338,6 +338,15 @@ def test_it_is_compiled_once(fresh, monkeypatch):
 
 
 @needs_library
+def test_a_damaged_file_in_the_cache_is_made_anew(fresh):
+    compiler = library.shutil.which("g++") or library.shutil.which("c++")
+    target = library._cache_folder() / f"expert_mlp-{library._fingerprint(compiler)}.so"
+    target.write_bytes(b"\x7fELF and then nothing")
+    assert not isinstance(library.load(), str)
+    assert target.stat().st_size > 10_000
+
+
+@needs_library
 def test_a_cache_folder_that_cannot_be_made(fresh, monkeypatch):
     (fresh / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))

@@ -45,11 +45,20 @@ def load() -> ctypes.CDLL | str:
     if compiler is None:
         return "no C++ compiler was found: g++ or c++"
     try:
-        return _declare(ctypes.CDLL(str(_compiled(compiler))))
+        return _declare(_loaded(compiler))
     except subprocess.CalledProcessError as error:
         return f"{compiler} could not compile it: {(error.stderr or str(error)).strip()[:500]}"
     except OSError as error:
         return f"it could not be built or loaded: {error}"
+
+
+def _loaded(compiler: str) -> ctypes.CDLL:
+    target = _compiled(compiler)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError:  # what stands in the cache is damaged
+        target.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(compiler)))
 
 
 def _compiled(compiler: str) -> Path:
