@@ -33,7 +33,7 @@ CASES = {
     "dropped": Case(11, 4, 5, 3, 3, "dropped"),
     "all_dropped": Case(4, 3, 5, 3, 2, "all_dropped"),
     "duplicates": Case(10, 4, 6, 3, 3, "duplicates"),
-    "width_one": Case(7, 3, 1, 1, 2),
+    "width_one": Case(50, 3, 1, 1, 2),
     "expert_choice": Case(8, 3, 5, 7, 2, "expert_choice"),
 }
 

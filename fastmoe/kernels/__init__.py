@@ -4,6 +4,7 @@
     grouped_mm   one matrix product per expert
     expert_mlp   the whole routed MLP: gather, two products, activation, weighted sum
     combine      each token's weighted sum of its rows
+    score_topk   scores of all experts, the K best and their weights
 
 Shape letters stand in `fastmoe.kernels.contract`. Each function checks its arguments, follows `torch.autocast`, picks
 a backend and calls it. `fastmoe.kernels.reference` is the ground truth.
@@ -12,10 +13,11 @@ a backend and calls it. `fastmoe.kernels.reference` is the ground truth.
 import torch
 from torch import Tensor
 
+from fastmoe._errors import unknown_name
 from fastmoe.kernels.activations import ACTIVATIONS, activate, get_activation
 from fastmoe.kernels.contract import Backend, Plan
 from fastmoe.kernels.memory import empty_cache
-from fastmoe.kernels.reference import accumulation_dtype
+from fastmoe.kernels.reference import accumulation_dtype, sigmoid_shares
 from fastmoe.kernels.registry import BACKENDS, backends, check_backend, choose_backend
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "get_activation",
     "grouped_mm",
     "plan",
+    "score_topk",
+    "sigmoid_shares",
 ]
 
 
@@ -51,7 +55,7 @@ def plan(expert_ids_N: Tensor, num_experts: int, *, backend: str = "auto") -> Pl
     """
     if expert_ids_N.dim() != 1 or expert_ids_N.dtype != torch.int64:
         raise ValueError(f"expert ids must be int64 (N,), got {expert_ids_N.dtype} {tuple(expert_ids_N.shape)}")
-    return choose_backend(backend, "plan", expert_ids_N).plan(expert_ids_N, num_experts)
+    return choose_backend(backend, "plan", expert_ids_N, num_experts).plan(expert_ids_N, num_experts)
 
 
 def grouped_mm(
@@ -149,6 +153,34 @@ def combine(
         raise ValueError(f"rows must be ({len(token_ids_N)}, O), got {tuple(rows_NO.shape)}")
     _check_rows(plan, token_ids_N, weights_N)
     return choose_backend(backend, "combine", rows_NO).combine(rows_NO, token_ids_N, weights_N, plan, num_tokens)
+
+
+def score_topk(
+    logits_TE: Tensor, top_k: int, score_function: str = "softmax", *, normalize: bool = True, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of all experts, and the K best of each token with their weights.
+
+    Args:
+        logits_TE: float32 or float64; no autocast.
+        top_k: K, 1..E.
+        score_function: "softmax" or "sigmoid".
+        normalize: weights are the chosen scores divided by their sum, else the scores themselves.
+
+    Returns:
+        `(scores_TE, weights_TK, expert_ids_TK)`, weights descending, ids int64. Both scores and weights are
+        differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or a K that do not fit, an unknown score function.
+    """
+    if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logits must be (T, E) in float32 or float64, got {logits_TE.dtype} {tuple(logits_TE.shape)}")
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"top_k must be from 1 to E = {logits_TE.shape[1]}, got {top_k}")
+    if score_function not in ("softmax", "sigmoid"):
+        raise unknown_name("score_function", score_function, ["softmax", "sigmoid"])
+    chosen = choose_backend(backend, "score_topk", logits_TE, top_k)
+    return chosen.score_topk(logits_TE, top_k, score_function, normalize)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:

@@ -5,7 +5,7 @@ I and O the input and output width of one matrix.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Plan:
 
 
 class Backend(Protocol):
-    """One implementation of the four kernels. `fastmoe.kernels` checks arguments before it calls one."""
+    """One implementation of the kernels. `fastmoe.kernels` checks arguments before it calls one."""
 
     name: str
     optional: bool  # an addition that a machine may well lack: going on without it is no warning
@@ -41,8 +41,11 @@ class Backend(Protocol):
         """None if this backend can run on this machine, else the reason why not."""
         ...
 
-    def refuses(self, op: str, x: Tensor, *weights: Tensor) -> str | None:
-        """None if this backend can serve kernel `op` on tensors like `x`, else the reason why not."""
+    def refuses(self, op: str, x: Tensor, *more: Any) -> str | None:
+        """None if this backend can serve kernel `op` on tensors like `x`, else the reason why not.
+
+        `more`: for `plan` E, for `score_topk` K, for `expert_mlp` w1 and w2.
+        """
         ...
 
     def plan(self, expert_ids_N: Tensor, num_experts: int) -> Plan: ...
@@ -66,6 +69,10 @@ class Backend(Protocol):
     def combine(
         self, rows_NO: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, num_tokens: int
     ) -> Tensor: ...
+
+    def score_topk(
+        self, logits_TE: Tensor, top_k: int, score_function: str, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def ids_out_of_range(expert_ids_N: Tensor, num_experts: int) -> ValueError:

@@ -1,5 +1,7 @@
 """The ground truth: plain PyTorch loops over experts, differentiated by autograd. Slow, and meant to be read."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def sigmoid_shares(logits_TE: Tensor) -> Tensor:
+    """`s / sum(s)` along dimension 1 for s = sigmoid(logits), also where every s is too small for its dtype."""
+    return torch.softmax(F.logsigmoid(logits_TE), dim=1)
+
+
+def score_topk(logits_TE: Tensor, top_k: int, score_function: str, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fastmoe.kernels.score_topk`; shared by the backends that have no kernel for it."""
+    softmax = score_function == "softmax"
+    scores_TE = torch.softmax(logits_TE, dim=1) if softmax else logits_TE.sigmoid()
+    weights_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+    if normalize and softmax:
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+    elif normalize:
+        weights_TK = sigmoid_shares(logits_TE.gather(1, expert_ids_TK))
+    return scores_TE, weights_TK, expert_ids_TK
+
+
 class ReferenceBackend:
     """See `fastmoe.kernels` for each kernel's arguments."""
 
@@ -22,7 +41,7 @@ class ReferenceBackend:
     def available(self) -> str | None:
         return None
 
-    def refuses(self, op: str, x: Tensor, *weights: Tensor) -> str | None:
+    def refuses(self, op: str, x: Tensor, *more: Any) -> str | None:
         return None
 
     def plan(self, expert_ids_N: Tensor, num_experts: int) -> Plan:
@@ -66,3 +85,8 @@ class ReferenceBackend:
             weighted = rows_NO[e_start:e_end].to(dtype) * weights_N[order].to(dtype).unsqueeze(1)
             y_TO = y_TO.index_add(0, token_ids_N[order], weighted)
         return y_TO.to(rows_NO.dtype)
+
+    def score_topk(
+        self, logits_TE: Tensor, top_k: int, score_function: str, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return score_topk(logits_TE, top_k, score_function, normalize)

@@ -1,6 +1,7 @@
 """The table of backends, and the choice among them, made per call."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from fastmoe.kernels.contract import Backend
 from fastmoe.kernels.native.backend import NativeBackend
 from fastmoe.kernels.reference import ReferenceBackend
 from fastmoe.kernels.torch_ops import TorchBackend
+from fastmoe.kernels.triton.backend import TritonBackend
 
 logger = logging.getLogger("fastmoe")
 
-_ALL: tuple[Backend, ...] = (NativeBackend(), TorchBackend(), ReferenceBackend())
+_ALL: tuple[Backend, ...] = (TritonBackend(), NativeBackend(), TorchBackend(), ReferenceBackend())
 BACKENDS = {backend.name: backend for backend in _ALL}
-PREFERENCE = ["native", "torch"]
-"""What `backend="auto"` tries, best first. The reference is never chosen unasked."""
+PREFERENCE = {"cpu": ["native", "torch"], "cuda": ["triton", "torch"]}
+"""What `backend="auto"` tries on a type of device, best first; elsewhere torch. The reference is never chosen unasked.
+"""
 
 _logged: set[tuple[str, str, str]] = set()
 
@@ -33,21 +36,22 @@ def backends() -> dict[str, str]:
     return {name: backend.available() or "available" for name, backend in BACKENDS.items()}
 
 
-def choose_backend(requested: str, op: str, x: Tensor, *weights: Tensor) -> Backend:
-    """The backend for kernel `op` on tensors like `x` and, for `expert_mlp`, w1 and w2.
+def choose_backend(requested: str, op: str, x: Tensor, *more: Any) -> Backend:
+    """The backend for kernel `op` on tensors like `x`; `more` as in `Backend.refuses`.
 
     A backend asked for by name serves the call or raises `ValueError` with its reason; "auto" goes on to the next,
     and logs the reason once.
     """
-    for name in PREFERENCE if requested == "auto" else [check_backend(requested)]:
+    names = PREFERENCE.get(x.device.type, ["torch"]) if requested == "auto" else [check_backend(requested)]
+    for name in names:
         backend = BACKENDS[name]
-        reason = backend.refuses(op, x, *weights) or _unavailable(backend)
+        reason = backend.refuses(op, x, *more) or _unavailable(backend)
         if reason is None:
             return backend
         if requested != "auto":
             raise ValueError(f"backend {name!r} cannot serve {op}: {reason}")
         _log_once(backend, op, reason)
-    raise ValueError(f"no backend can serve {op} for {x.dtype} on {x.device}: tried {', '.join(PREFERENCE)}")
+    raise ValueError(f"no backend can serve {op} for {x.dtype} on {x.device}: tried {', '.join(names)}")
 
 
 def _unavailable(backend: Backend) -> str | None:

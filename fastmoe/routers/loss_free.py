@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from fastmoe._backward import in_backward
 from fastmoe._errors import check_number
 from fastmoe._processes import ALONE, Processes
+from fastmoe.kernels import sigmoid_shares
 from fastmoe.routers.base import register_router
 from fastmoe.routers.context import RoutingContext
 from fastmoe.routers.groups import check_groups, limit_to_groups
 from fastmoe.routers.losses import sequence_balance_loss
 from fastmoe.routers.routing import Routing
-from fastmoe.routers.scores import sigmoid_shares
 from fastmoe.routers.token_choice import TokenChoiceOptions, TokenChoiceRouter, count_rows
 
 STEPS_BEFORE_WARNING = 100

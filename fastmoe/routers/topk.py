@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmoe import kernels
 from fastmoe._errors import check_choice, check_number, unknown_name
+from fastmoe.kernels import sigmoid_shares
 from fastmoe.routers.base import register_router
 from fastmoe.routers.context import RoutingContext
 from fastmoe.routers.groups import check_groups, limit_to_groups
 from fastmoe.routers.losses import load_balance_loss, z_loss
 from fastmoe.routers.routing import Routing
-from fastmoe.routers.scores import sigmoid_shares
 from fastmoe.routers.token_choice import TokenChoiceOptions, TokenChoiceRouter
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -75,6 +76,12 @@ class TopKRouter(TokenChoiceRouter):
     def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
         context = context or RoutingContext()
         logits_TE = self.proj(x_TD)
+        if self._plain:
+            scores_TE, weights_TK, expert_ids_TK = kernels.score_topk(
+                logits_TE, self.top_k, self.score_function, normalize=bool(self.normalize)
+            )
+            losses = self._losses(logits_TE, scores_TE, expert_ids_TK, context)
+            return self.routing(expert_ids_TK, weights_TK * self.scale, context, losses, scores_TE)
         scores_TE = torch.softmax(logits_TE, dim=1) if self.score_function == "softmax" else logits_TE.sigmoid()
         selection_TE = limit_to_groups(scores_TE, self.num_groups, self.top_groups)
         weights_TK, expert_ids_TK = selection_TE.topk(self.top_k, dim=1)
@@ -84,6 +91,12 @@ class TopKRouter(TokenChoiceRouter):
         elif self.normalize is not False:
             weights_TK = self._shares(weights_TK, logits_TE.gather(1, expert_ids_TK))
         return self.routing(expert_ids_TK, weights_TK * self.scale, context, losses, scores_TE)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the options are those that one kernel knows."""
+        after = self.score_after and self.score_function == "softmax"
+        return self.num_groups == 1 and not after and self.normalize != "stop_gradient"
 
     def _shares(self, weights_TK: Tensor, logits_TK: Tensor) -> Tensor:
         """The weights over their sum; from the logits where they are sigmoids, whose sum may be 0."""

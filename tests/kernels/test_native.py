@@ -9,7 +9,7 @@ from helpers import CASES, Case, assert_measured, cast, mlp_tensors, route, rout
 
 import fastmoe
 from fastmoe import kernels
-from fastmoe.kernels import registry
+from fastmoe.kernels import cache, registry
 from fastmoe.kernels.native import library, mlp
 from fastmoe.kernels.native.choice import hands_over
 from fastmoe.kernels.torch_ops import ops
@@ -272,10 +272,10 @@ def fresh(monkeypatch, tmp_path):
     """As in a new process: nothing loaded, nothing compiled, nothing logged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(registry, "_logged", set())
-    for function in (library.load, library._log_missing, library._own_temporary_folder):
+    for function in (library.load, library._log_missing, cache._own_temporary_folder):
         function.cache_clear()
     yield tmp_path
-    for function in (library.load, library._log_missing, library._own_temporary_folder):
+    for function in (library.load, library._log_missing, cache._own_temporary_folder):
         function.cache_clear()
 
 
@@ -340,7 +340,7 @@ def test_it_is_compiled_once(fresh, monkeypatch):
 @needs_library
 def test_a_damaged_file_in_the_cache_is_made_anew(fresh):
     compiler = library.shutil.which("g++") or library.shutil.which("c++")
-    target = library._cache_folder() / f"expert_mlp-{library._fingerprint(compiler)}.so"
+    target = library.cache_folder() / f"expert_mlp-{library._fingerprint(compiler)}.so"
     target.write_bytes(b"\x7fELF and then nothing")
     assert not isinstance(library.load(), str)
     assert target.stat().st_size > 10_000

@@ -22,13 +22,13 @@ ORDER = ("x", "weights", "w1", "b1", "w2", "b2")
 def test_operators(name):
     expert_ids_N, case, plan, token_ids_N, rows_per_token, tensors = arguments(name)
     ops = torch.ops.fastmoe
-    torch.library.opcheck(ops.plan, (expert_ids_N, case.E, False))
-    torch.library.opcheck(ops.plan, (expert_ids_N, case.E, True))
+    torch.library.opcheck(ops.plan, (expert_ids_N, case.E, "torch"))
+    torch.library.opcheck(ops.plan, (expert_ids_N, case.E, "native"))
     leaves = [tensors[n].requires_grad_() for n in ORDER]
     rest = (token_ids_N, plan.order_N, plan.offsets_E)
-    torch.library.opcheck(ops.expert_mlp, (*leaves, *rest, "swiglu", rows_per_token, False, True))
+    torch.library.opcheck(ops.expert_mlp, (*leaves, *rest, "swiglu", rows_per_token, "torch", True))
     rows = torch.randn(len(token_ids_N), case.D, requires_grad=True)
-    torch.library.opcheck(ops.grouped_mm, (rows, tensors["w1"], tensors["b1"], plan.offsets_E))
+    torch.library.opcheck(ops.grouped_mm, (rows, tensors["w1"], tensors["b1"], plan.offsets_E, "torch"))
 
 
 def test_backward_operators():
@@ -36,15 +36,15 @@ def test_backward_operators():
     ops = torch.ops.fastmoe
     args = [tensors[n] for n in ORDER]
     rest = (token_ids_N, plan.order_N, plan.offsets_E)
-    _, pre_NH = ops.expert_mlp(*args, *rest, "swiglu", rows_per_token, False, True)
+    _, pre_NH = ops.expert_mlp(*args, *rest, "swiglu", rows_per_token, "torch", True)
     for needed in ([True] * 6, [False, True] * 3):
         grad = torch.randn(case.T, case.D)
         torch.library.opcheck(
-            ops.expert_mlp_backward, (grad, *args, *rest, pre_NH, "swiglu", rows_per_token, False, needed)
+            ops.expert_mlp_backward, (grad, *args, *rest, pre_NH, "swiglu", rows_per_token, "torch", needed)
         )
     rows, grad = torch.randn(len(token_ids_N), case.D), torch.randn(len(token_ids_N), 2 * case.H)
     for needed in ([True] * 3, [False, True, False]):
-        torch.library.opcheck(ops.grouped_mm_backward, (grad, rows, tensors["w1"], plan.offsets_E, needed))
+        torch.library.opcheck(ops.grouped_mm_backward, (grad, rows, tensors["w1"], plan.offsets_E, "torch", needed))
 
 
 def test_fake_strides_are_real_strides():
@@ -54,8 +54,8 @@ def test_fake_strides_are_real_strides():
     assert not turned["x"].is_contiguous()
     leaves = [turned[n].requires_grad_() for n in ORDER]
     rest = (token_ids_N, plan.order_N, plan.offsets_E)
-    torch.library.opcheck(torch.ops.fastmoe.expert_mlp, (*leaves, *rest, "swiglu", rows_per_token, False, True))
-    _, pre_NH = torch.ops.fastmoe.expert_mlp(*leaves, *rest, "swiglu", rows_per_token, False, True)
+    torch.library.opcheck(torch.ops.fastmoe.expert_mlp, (*leaves, *rest, "swiglu", rows_per_token, "torch", True))
+    _, pre_NH = torch.ops.fastmoe.expert_mlp(*leaves, *rest, "swiglu", rows_per_token, "torch", True)
     args = [leaf.detach() for leaf in leaves]
     backward_args = (
         torch.randn(case.T, case.D),
@@ -64,7 +64,7 @@ def test_fake_strides_are_real_strides():
         pre_NH.detach(),
         "swiglu",
         rows_per_token,
-        False,
+        "torch",
         [True] * 6,
     )
     torch.library.opcheck(torch.ops.fastmoe.expert_mlp_backward, backward_args)

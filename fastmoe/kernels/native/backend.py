@@ -1,5 +1,7 @@
 """The `native` backend."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastmoe.kernels.native.library import load
@@ -11,14 +13,13 @@ class NativeBackend(TorchBackend):
     """`plan`, and `expert_mlp` in float32 and bfloat16, on a CPU; the other kernels are the `torch` backend's."""
 
     name = "native"
-    native = True
     optional = True
 
     def available(self) -> str | None:
         library = load()
         return library if isinstance(library, str) else None
 
-    def refuses(self, op: str, x: Tensor, *weights: Tensor) -> str | None:
+    def refuses(self, op: str, x: Tensor, *more: Any) -> str | None:
         if x.device.type != "cpu":
             return f"it runs on a CPU, tensors are on {x.device.type}"
-        return refusal(x, weights[1].shape[2]) if op == "expert_mlp" else None
+        return refusal(x, more[1].shape[2]) if op == "expert_mlp" else None

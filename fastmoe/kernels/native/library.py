@@ -16,6 +16,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from fastmoe.kernels.cache import cache_folder
+
 logger = logging.getLogger("fastmoe")
 
 FLAGS = ["-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC"]
@@ -62,7 +64,7 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 
 
 def _compiled(compiler: str) -> Path:
-    target = _cache_folder() / f"expert_mlp-{_fingerprint(compiler)}.so"
+    target = cache_folder() / f"expert_mlp-{_fingerprint(compiler)}.so"
     if target.exists():
         return target
     logger.info("compiling the CPU kernels with %s, once, into %s", compiler, target)
@@ -88,21 +90,6 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
-
-
-def _cache_folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "fastmoe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return _own_temporary_folder()
-    return folder if os.access(folder, os.W_OK) else _own_temporary_folder()
-
-
-@cache
-def _own_temporary_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fastmoe-"))
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

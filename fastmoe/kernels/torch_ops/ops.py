@@ -26,9 +26,13 @@ def _refuse_double_backward(op: torch.library.CustomOpDef) -> None:
 
 
 @torch.library.custom_op("fastmoe::plan", mutates_args=())
-def plan(expert_ids_N: Tensor, num_experts: int, native: bool) -> tuple[Tensor, Tensor]:
+def plan(expert_ids_N: Tensor, num_experts: int, by: str) -> tuple[Tensor, Tensor]:
     """`(order_N int64, offsets_E int32)`: a stable sort by expert, id -1 last."""
-    if native and usable():
+    if by == "triton":
+        from fastmoe.kernels.triton.sort import sort_rows
+
+        return sort_rows(expert_ids_N, num_experts)
+    if by == "native" and usable():
         return native_mlp.sort_rows(expert_ids_N, num_experts)
     keys_N = torch.where(expert_ids_N == -1, num_experts, expert_ids_N)
     order_N = torch.argsort(keys_N, stable=True)
@@ -43,26 +47,34 @@ def plan(expert_ids_N: Tensor, num_experts: int, native: bool) -> tuple[Tensor, 
 
 
 @plan.register_fake
-def _(expert_ids_N: Tensor, num_experts: int, native: bool) -> tuple[Tensor, Tensor]:
+def _(expert_ids_N: Tensor, num_experts: int, by: str) -> tuple[Tensor, Tensor]:
     return expert_ids_N.new_empty(expert_ids_N.shape), expert_ids_N.new_empty(num_experts, dtype=torch.int32)
 
 
 @torch.library.custom_op("fastmoe::grouped_mm", mutates_args=())
-def grouped_mm(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
+def grouped_mm(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, by: str) -> Tensor:
+    if by == "triton":
+        from fastmoe.kernels.triton import mlp as triton_mlp
+
+        return triton_mlp.grouped_mm(rows_NI, weight_EOI, bias_EO, offsets_E)
     layout = choose_layout(len(rows_NI), offsets_E, weight_EOI)
     return layout.take(layout.mm(layout.put(rows_NI), weight_EOI, bias_EO))
 
 
 @grouped_mm.register_fake
-def _(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
+def _(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, by: str) -> Tensor:
     return rows_NI.new_empty(rows_NI.shape[0], weight_EOI.shape[1])
 
 
 @torch.library.custom_op("fastmoe::grouped_mm_backward", mutates_args=())
 def grouped_mm_backward(
-    grad_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, needed: list[bool]
+    grad_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, by: str, needed: list[bool]
 ) -> list[Tensor]:
     """Gradients of rows, weight and bias."""
+    if by == "triton":
+        from fastmoe.kernels.triton import mlp as triton_mlp
+
+        return _given(triton_mlp.grouped_mm_backward(grad_NO, rows_NI, weight_EOI, offsets_E, needed), grad_NO)
     layout = choose_layout(len(rows_NI), offsets_E, weight_EOI)
     grad_SO = layout.put(grad_NO)
     grads = [
@@ -74,7 +86,7 @@ def grouped_mm_backward(
 
 
 @grouped_mm_backward.register_fake
-def _(grad_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, needed: list[bool]) -> list[Tensor]:
+def _(grad_NO, rows_NI, weight_EOI, offsets_E, by, needed):  # type: ignore[no-untyped-def]
     bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2])
     grads = [rows_NI, weight_EOI, bias_EO]
     return [g.new_empty(g.shape) if need else g.new_empty(0) for g, need in zip(grads, needed, strict=True)]
@@ -84,14 +96,14 @@ _refuse_double_backward(grouped_mm_backward)
 
 
 def _grouped_mm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    rows_NI, weight_EOI, _bias_EO, offsets_E = inputs
+    rows_NI, weight_EOI, _bias_EO, offsets_E, ctx.by = inputs
     ctx.save_for_backward(rows_NI, weight_EOI, offsets_E)
     ctx.needed = list(ctx.needs_input_grad[:3])
 
 
 def _grouped_mm_backward(ctx, grad_NO: Tensor):  # type: ignore[no-untyped-def]
-    grads = grouped_mm_backward(grad_NO.contiguous(), *ctx.saved_tensors, ctx.needed)
-    return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), None
+    grads = grouped_mm_backward(grad_NO.contiguous(), *ctx.saved_tensors, ctx.by, ctx.needed)
+    return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), None, None
 
 
 grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm_setup)
@@ -114,14 +126,20 @@ def expert_mlp(
     offsets_E: Tensor,
     activation: str,
     rows_per_token: int,
-    native: bool,
+    by: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(y_TD, pre_NH)`; the pre-activations are what backward needs, empty unless `keep`.
 
-    `native`: with the compiled library, where there is one and it is faster. A pass and its backward must say the same.
+    `by`: the backend; "native" means the compiled library, where there is one and it is faster. A pass and its
+    backward must say the same.
     """
-    if native and _is_native(x_TD, w2, order_N):
+    if by == "triton":
+        from fastmoe.kernels.triton import mlp as triton_mlp
+
+        rest = (token_ids_N, order_N, offsets_E, activation, rows_per_token, keep)
+        return triton_mlp.mlp_forward(x_TD, weights_N, w1, b1, w2, b2, *rest)
+    if by == "native" and _is_native(x_TD, w2, order_N):
         rows = (token_ids_N, order_N, offsets_E)
         return native_mlp.mlp_forward(x_TD, weights_N, w1, b1, w2, b2, *rows, activation, keep)
     route = Route.build(x_TD, token_ids_N, weights_N, order_N, offsets_E, w1, rows_per_token)
@@ -149,11 +167,16 @@ def expert_mlp_backward(
     pre_NH: Tensor,
     activation: str,
     rows_per_token: int,
-    native: bool,
+    by: str,
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weights, w1, b1, w2, b2."""
-    if native and _is_native(x_TD, w2, order_N):
+    if by == "triton":
+        from fastmoe.kernels.triton import mlp as triton_mlp
+
+        rest = (token_ids_N, order_N, offsets_E, pre_NH, activation, rows_per_token, needed)
+        return _given(triton_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rest), grad_TD)
+    if by == "native" and _is_native(x_TD, w2, order_N):
         rows = (token_ids_N, order_N, offsets_E)
         grads = native_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rows, pre_NH, activation, needed)
         return _given(grads, grad_TD)
@@ -175,7 +198,7 @@ _refuse_double_backward(expert_mlp_backward)
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.activation, ctx.rows_per_token, ctx.native, _keep = inputs
+    *tensors, ctx.activation, ctx.rows_per_token, ctx.by, _keep = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.needed = list(ctx.needs_input_grad[:6])
     ctx.set_materialize_grads(False)
@@ -185,9 +208,125 @@ def _expert_mlp_backward(ctx, grad_TD: Tensor | None, _grad_pre: Tensor | None):
     if grad_TD is None:
         return (None,) * 13
     grads = expert_mlp_backward(
-        grad_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.rows_per_token, ctx.native, ctx.needed
+        grad_TD.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.rows_per_token, ctx.by, ctx.needed
     )
     return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), *(None,) * 7
 
 
 expert_mlp.register_autograd(_expert_mlp_backward, setup_context=_expert_mlp_setup)
+
+
+@torch.library.custom_op("fastmoe::combine", mutates_args=())
+def combine(
+    rows_NO: Tensor, weights_N: Tensor, token_ids_N: Tensor, order_N: Tensor, offsets_E: Tensor, num_tokens: int
+) -> Tensor:
+    """Each token's weighted sum of its rows, by Triton; `order_N` and `offsets_E` are a plan's."""
+    from fastmoe.kernels.triton.mlp import combine_rows
+
+    return combine_rows(rows_NO, token_ids_N, weights_N, order_N, offsets_E, num_tokens)
+
+
+@combine.register_fake
+def _(rows_NO, weights_N, token_ids_N, order_N, offsets_E, num_tokens):  # type: ignore[no-untyped-def]
+    return rows_NO.new_empty(num_tokens, rows_NO.shape[1])
+
+
+@torch.library.custom_op("fastmoe::combine_backward", mutates_args=())
+def combine_backward(
+    grad_TO: Tensor,
+    rows_NO: Tensor,
+    weights_N: Tensor,
+    token_ids_N: Tensor,
+    order_N: Tensor,
+    offsets_E: Tensor,
+    needed: list[bool],
+) -> list[Tensor]:
+    """Gradients of rows and weights."""
+    from fastmoe.kernels.triton.mlp import combine_rows_backward
+
+    args = (grad_TO, rows_NO, token_ids_N, weights_N, order_N, offsets_E, needed)
+    return _given(combine_rows_backward(*args), grad_TO)
+
+
+@combine_backward.register_fake
+def _(grad_TO, rows_NO, weights_N, token_ids_N, order_N, offsets_E, needed):  # type: ignore[no-untyped-def]
+    pairs = zip((rows_NO, weights_N), needed, strict=True)
+    return [t.new_empty(t.shape) if need else grad_TO.new_empty(0) for t, need in pairs]
+
+
+_refuse_double_backward(combine_backward)
+
+
+def _combine_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, _num_tokens = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.needed = list(ctx.needs_input_grad[:2])
+
+
+def _combine_backward(ctx, grad_TO: Tensor):  # type: ignore[no-untyped-def]
+    grads = combine_backward(grad_TO.contiguous(), *ctx.saved_tensors, ctx.needed)
+    return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), *(None,) * 4
+
+
+combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+
+
+@torch.library.custom_op("fastmoe::score_topk", mutates_args=())
+def score_topk(logits_TE: Tensor, top_k: int, softmax: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(scores_TE, weights_TK, expert_ids_TK)`, by Triton, in float32."""
+    from fastmoe.kernels.triton import score
+
+    return score.score_topk(logits_TE.contiguous(), top_k, softmax, normalize)
+
+
+@score_topk.register_fake
+def _(logits_TE: Tensor, top_k: int, softmax: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape_TK = (logits_TE.shape[0], top_k)
+    ids_TK = logits_TE.new_empty(shape_TK, dtype=torch.int64)
+    return logits_TE.new_empty(logits_TE.shape), logits_TE.new_empty(shape_TK), ids_TK
+
+
+@torch.library.custom_op("fastmoe::score_topk_backward", mutates_args=())
+def score_topk_backward(
+    dscores_TE: Tensor,
+    dweights_TK: Tensor,
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    weights_TK: Tensor,
+    expert_ids_TK: Tensor,
+    softmax: bool,
+    normalize: bool,
+) -> Tensor:
+    """The gradient of the logits."""
+    from fastmoe.kernels.triton import score
+
+    grads = (dscores_TE.contiguous(), dweights_TK.contiguous())
+    return score.score_topk_backward(
+        *grads, logits_TE.contiguous(), scores_TE, weights_TK, expert_ids_TK, softmax, normalize
+    )
+
+
+@score_topk_backward.register_fake
+def _(dscores_TE, dweights_TK, logits_TE, *rest):  # type: ignore[no-untyped-def]
+    return logits_TE.new_empty(logits_TE.shape)
+
+
+_refuse_double_backward(score_topk_backward)
+
+
+def _score_topk_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits_TE, _top_k, ctx.softmax, ctx.normalize = inputs
+    ctx.save_for_backward(logits_TE, *output)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _score_topk_backward(ctx, dscores_TE: Tensor, dweights_TK: Tensor, _dids: Tensor | None):  # type: ignore[no-untyped-def]
+    return (
+        score_topk_backward(dscores_TE, dweights_TK, *ctx.saved_tensors, ctx.softmax, ctx.normalize),
+        None,
+        None,
+        None,
+    )
+
+
+score_topk.register_autograd(_score_topk_backward, setup_context=_score_topk_setup)
