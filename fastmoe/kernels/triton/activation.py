@@ -91,28 +91,31 @@ def activate_backward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.program_id(1)
+    h = column * BLOCK_H + tl.arange(0, BLOCK_H)
     valid = rows < tl.load(offsets + E - 1)
     mask = valid[:, None] & (h < H)[None, :]
     dh = tl.load(dhidden + rows[:, None] * H + h[None, :], mask=mask, other=0).to(tl.float32)
     weight = tl.load(weights + rows, mask=valid, other=0)
-    store_activation_grads(
-        dh, weight, pre, hidden, dpre, dots, rows, h, valid, mask, N, H, tl.program_id(1), KIND, GATED
-    )
+    store_activation_grads(dh, column, weight, pre, hidden, dpre, dots, rows, valid, N, H, KIND, GATED)
 
 
 @triton.jit
 def store_activation_grads(
-    dh, weight, pre, hidden, dpre, dots, rows, h, valid, mask, N, H, column, KIND: tl.constexpr, GATED: tl.constexpr
+    dh, column, weight, pre, hidden, dpre, dots, rows, valid, N, H, KIND: tl.constexpr, GATED: tl.constexpr
 ):
-    """From the gradient of the hidden activations: that of the pre-activations, the weighted hidden activations, and
-    each row's share of `<hidden, dhidden>`, the gradient of its weight. What is None is not stored."""
+    """From a tile of the gradient of the hidden activations, the `column`th of its width: that of the pre-activations,
+    the weighted hidden activations, and each row's share of `<hidden, dhidden>`, the gradient of its weight. What is
+    None is not stored."""
+    rows = rows.to(tl.int64)
+    h = column * dh.shape[1] + tl.arange(0, dh.shape[1])
+    mask = valid[:, None] & (h < H)[None, :]
     at = rows[:, None] * (H * (1 + GATED)) + h[None, :]
     z = tl.load(pre + at, mask=mask, other=0).to(tl.float32)
     up = tl.load(pre + at + H, mask=mask, other=0).to(tl.float32) if GATED else z
     value, dz, dup = activation_grads(z, up, dh, weight, KIND, GATED)
     if dots is not None:
-        tl.store(dots + column.to(tl.int64) * N + rows, tl.sum(value * dh, 1), mask=valid)
+        tl.store(dots + tl.cast(column, tl.int64) * N + rows, tl.sum(value * dh, 1), mask=valid)
     if hidden is not None:
         out = (value * weight[:, None]).to(hidden.dtype.element_ty)
         tl.store(hidden + rows[:, None] * H + h[None, :], out, mask=mask)

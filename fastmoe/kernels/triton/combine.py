@@ -46,10 +46,11 @@ def combine_kernel(
         row = tl.load(list_rows + n) if list_rows is not None else n
         position = tl.load(positions + row).to(tl.int64)
         there = position < routed
+        width = O * there.to(tl.int32)
         value = tl.zeros((BLOCK,), tl.float32)
         for s in range(S):
             at = parts + (s * tl.cast(N, tl.int64) + position) * O + o
-            value += tl.load(at, mask=(o < O) & there, other=0).to(tl.float32)
+            value += tl.load(at, mask=o < width, other=0).to(tl.float32)
         if weights is not None:
             value *= tl.load(weights + position, mask=there, other=0)
         acc += value
@@ -63,16 +64,17 @@ def combine_backward_kernel(
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     there = i < tl.load(offsets + E - 1)
+    width = O * there.to(tl.int32)
     token, weight = tl.load(tokens + i).to(tl.int64), tl.load(weights + i)
     dot = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, O, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        g = tl.load(grad + token * O + o, mask=(o < O) & there, other=0).to(tl.float32)
+        g = tl.load(grad + token * O + o, mask=o < width, other=0).to(tl.float32)
         if NEED_ROWS:
             share = tl.where(there, g * weight, 0.0)
             tl.store(drows + i * O + o, share.to(drows.dtype.element_ty), mask=o < O)
         if NEED_WEIGHTS:
-            dot += g * tl.load(rows + i * O + o, mask=(o < O) & there, other=0).to(tl.float32)
+            dot += g * tl.load(rows + i * O + o, mask=o < width, other=0).to(tl.float32)
     if NEED_WEIGHTS:
         tl.store(dweights + tl.load(order + i), tl.sum(dot, 0).to(dweights.dtype.element_ty))
 

@@ -27,10 +27,7 @@ def _tile(
     """The tile for one product, None where `F.grouped_mm` is to take it; that knows no bias."""
     num_experts, outputs, inputs = weight_EOI.shape
     problem = Problem(kind, like.dtype, num_rows, num_experts, outputs, inputs, gated)
-    tile = choose_tile(problem, like.device)
-    if tile is None and (bias or not grouped_mm_fits(weight_EOI)):
-        raise AssertionError(f"the tile table gives {problem.key} to F.grouped_mm, which cannot take it")
-    return tile
+    return choose_tile(problem, like.device, grouped_mm=not bias and grouped_mm_fits(weight_EOI))
 
 
 class _Grid:

@@ -77,6 +77,12 @@ def multiply(
 
 
 @triton.jit
+def halves(acc):
+    """The left and the right half of a tile's columns: what stands behind a product then takes half the registers."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def product_kernel(
     a, index, w, bias, out, experts, starts, total, offsets, N, O, I, COLUMNS, DEPTH, part,
     SPLIT: tl.constexpr, TURNED: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_N: tl.constexpr,
@@ -119,20 +125,30 @@ def forward_kernel(
             a, index, w, expert, start, rows, valid, n0, n0 + H, 0, D, W, D, H, D,
             GATED, False, A_TMA, W_TMA, EVEN_N, EVEN_K, PRECISION, BM, BN, BK,
         )  # fmt: skip
-        n = n0 + tl.arange(0, BN)
-        if bias is not None:
-            own = bias + expert.to(tl.int64) * W + n
-            z += tl.load(own, mask=n < H, other=0).to(tl.float32)[None, :]
-            if GATED:
-                up += tl.load(own + H, mask=n < H, other=0).to(tl.float32)[None, :]
-        mask = valid[:, None] & (n < H)[None, :]
-        wide = rows.to(tl.int64)[:, None]
-        if pre is not None:
-            tl.store(pre + wide * W + n[None, :], z.to(pre.dtype.element_ty), mask=mask)
-            if GATED:
-                tl.store(pre + wide * W + H + n[None, :], up.to(pre.dtype.element_ty), mask=mask)
-        value = act(z, KIND) * up if GATED else act(z, KIND)
-        tl.store(hidden + wide * H + n[None, :], value.to(hidden.dtype.element_ty), mask=mask)
+        z0, z1 = halves(z)
+        up0, up1 = halves(up)
+        store_activated(z0, up0, bias, pre, hidden, expert, rows, valid, n0, H, KIND, GATED)
+        store_activated(z1, up1, bias, pre, hidden, expert, rows, valid, n0 + BN // 2, H, KIND, GATED)
+
+
+@triton.jit
+def store_activated(z, up, bias, pre, hidden, expert, rows, valid, n0, H, KIND: tl.constexpr, GATED: tl.constexpr):
+    """Bias, activation and, if `pre` is not None, what was activated."""
+    n = n0 + tl.arange(0, z.shape[1])
+    W = H * (1 + GATED)
+    if bias is not None:
+        own = bias + expert.to(tl.int64) * W + n
+        z += tl.load(own, mask=n < H, other=0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(own + H, mask=n < H, other=0).to(tl.float32)[None, :]
+    mask = valid[:, None] & (n < H)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    if pre is not None:
+        tl.store(pre + wide * W + n[None, :], z.to(pre.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(pre + wide * W + H + n[None, :], up.to(pre.dtype.element_ty), mask=mask)
+    value = act(z, KIND) * up if GATED else act(z, KIND)
+    tl.store(hidden + wide * H + n[None, :], value.to(hidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -150,11 +166,11 @@ def backward_kernel(
             grad, index, w, expert, start, rows, valid, column * BN, 0, 0, D, D, H, H, D,
             False, True, A_TMA, W_TMA, EVEN_N, EVEN_K, PRECISION, BM, BN, BK,
         )  # fmt: skip
-        h = column * BN + tl.arange(0, BN)
-        mask = valid[:, None] & (h < H)[None, :]
         weight = tl.load(weights + rows, mask=valid, other=0)
-        wide = rows.to(tl.int64)
-        store_activation_grads(dh, weight, pre, hidden, dpre, dots, wide, h, valid, mask, N, H, column, KIND, GATED)
+        dh0, dh1 = halves(dh)
+        args = (weight, pre, hidden, dpre, dots, rows, valid, N, H)
+        store_activation_grads(dh0, 2 * column, *args, KIND, GATED)
+        store_activation_grads(dh1, 2 * column + 1, *args, KIND, GATED)
 
 
 def product(
@@ -202,7 +218,7 @@ def backward(
     N, (_, D, H) = len(token_N), w2.shape
     columns = triton.cdiv(H, tile.columns)
     dpre_NW, hidden_NH = torch.empty_like(pre_NW), grad_TD.new_empty(N, H) if need_hidden else None
-    dots_CN = weight_N.new_empty(columns, N)
+    dots_CN = weight_N.new_empty(2 * columns, N)
     backward_kernel[_programs(len(tiles.expert_S) * columns, tile, grad_TD)](
         *_operands(grad_TD, token_N, w2, tile, True), pre_NW, weight_N, hidden_NH, dpre_NW, dots_CN, *_table(tiles),
         N, D, H, kind, gated, *_constants(grad_TD, token_N, w2, H, D, tile), **_options(tile),

@@ -2,7 +2,8 @@
 
 Rows are cut into C chunks, one program each. The first launch counts each chunk's rows by expert; in the second, each
 program sums those counts into its own first place for every expert, and walks its chunk in order. Dropped rows, id -1,
-are one more bin, the last. Ids out of range stop the device, as PyTorch's own indexing does.
+are one more bin, the last. Ids out of range stop the device, as PyTorch's own indexing does; the interpreter knows no
+such thing, so on a CPU they are looked at before.
 """
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmoe.kernels.contract import ids_out_of_range
 from fastmoe.kernels.triton.launch import num_processors
 
 _ONE_LAUNCH = 2048  # rows that one program sorts by itself
@@ -82,6 +84,8 @@ def place_kernel(
 def sort_rows(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`(order_N, offsets_E)` of a `Plan`."""
     ids, N = expert_ids_N.contiguous(), len(expert_ids_N)
+    if ids.device.type == "cpu" and N and (ids.min() < -1 or ids.max() >= num_experts):
+        raise ids_out_of_range(ids, num_experts)
     order_N, offsets_E = torch.empty_like(ids), ids.new_empty(num_experts, dtype=torch.int32)
     alone = N <= _ONE_LAUNCH
     most = 1 if alone else max(1, num_processors(ids.device))

@@ -6,14 +6,17 @@ product of one kind, in one dtype, sizes rounded up to powers of two, so that ne
 """
 
 import json
+import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from fastmoe.kernels.cache import cache_folder
+
+logger = logging.getLogger("fastmoe")
 
 KINDS = ("forward", "product", "turned", "backward", "weight")
 """x @ w1 with the activation; rows @ w; rows @ w, turned; dy @ w2 with the activation's gradient; a.T @ b by expert."""
@@ -71,35 +74,46 @@ class Problem:
         return f"{self.kind}{' gated' if self.gated else ''} {dtype} {rounded}{decode}"
 
 
-def choose_tile(problem: Problem, device: torch.device) -> Tile | None:
-    """The tile for a problem; None: `F.grouped_mm` was measured to be faster."""
+def choose_tile(problem: Problem, device: torch.device, grouped_mm: bool) -> Tile | None:
+    """The tile for a problem; None: `F.grouped_mm` was measured to be faster, and may serve, as `grouped_mm` says."""
     name = family(device)
     for table in (_table(user_table()), _table(shipped_table())):
         found = table.get(name, {})
-        if problem.key in found:
-            tile = found[problem.key]
-            return None if tile is None else Tile(**tile)
+        if problem.key in found and (grouped_mm or found[problem.key] is not None):
+            return found[problem.key]
     return default_tile(problem, name)
 
 
 def default_tile(problem: Problem, name: str) -> Tile:
-    """A tile by rule, for a GPU of family `name`."""
+    """A tile by rule, for a GPU of family `name`: as large as registers and shared memory hold without spilling."""
     if name == "cpu":
         return Tile(16, 32, 16, group=2, split=2 if problem.kind == "product" and problem.num_rows <= 32 else 1)
-    large_memory = name in ("sm80", "sm90", "sm100")
-    tma = name in ("sm90", "sm100", "sm120")
+    large = name in ("sm80", "sm90", "sm100")  # shared memory
     wide = problem.dtype == torch.float32
+    tma = name in ("sm90", "sm100", "sm120") and not wide
+    stages = 3 if name.startswith("sm") else 2
     if problem.kind == "weight":
-        columns = 256 if large_memory and not wide else 128
-        return Tile(128, columns, 32 if wide or not large_memory else 64, 8, 8, 3)
-    if problem.num_rows <= DECODE_ROWS or problem.rows_per_expert <= 16:
-        return Tile(16, 32 if problem.gated else 64, 64 if wide or not large_memory else 128, 4, 4, 4, tma, 4)
+        return Tile(128, 256, 64, 8, 8, 5) if large and not wide else Tile(128, 128, 32, 8, 8, stages)
+    if problem.rows_per_expert <= 16:
+        tile = Tile(16, 32 if problem.gated else 64, 128 if large and not wide else 64, 4, 4, stages, tma, 4)
+        return replace(tile, split=_split(problem, tile))
     if problem.rows_per_expert <= 64:
-        return Tile(64, 64 if problem.gated else 128, 32 if wide else 64, 8, 4, 3, tma, 2)
+        return Tile(64, 64 if problem.gated else 128, 32 if wide else 64, 8, 8 if wide else 4, stages, tma, 2)
     two = problem.gated and problem.kind == "forward"
-    if not large_memory or wide:
-        return Tile(128, 64 if two else 128, 32, 8, 8, 3 if large_memory else 2, tma)
-    return Tile(128, 128 if two or problem.kind == "backward" else 256, 64, 8, 8, 3, tma)
+    if wide or not large:
+        return Tile(128, 64 if two else 128, 32, 8, 8, stages, tma)
+    if problem.kind == "backward":
+        return Tile(128, 128, 64, 8, 8, 4 if name == "sm90" else 3, tma)
+    return Tile(128, 128 if two else 256, 64, 8, 8, 3, tma)
+
+
+def _split(problem: Problem, tile: Tile) -> int:
+    """Parts of the reduction, each of two steps at least, with which a few rows' product has 256 tiles."""
+    if problem.num_rows > DECODE_ROWS or problem.kind not in ("forward", "product"):
+        return 1
+    tiles = min(problem.num_rows, problem.num_experts) * math.ceil(problem.outputs / (1 + problem.gated) / tile.columns)
+    wanted = min(256 / max(1, tiles), problem.inputs / (2 * tile.depth))
+    return 2 ** max(0, math.floor(math.log2(wanted))) if wanted >= 1 else 1
 
 
 @cache
@@ -122,15 +136,52 @@ def shipped_table() -> Path:
 
 
 @cache
-def _table(path: Path) -> dict[str, dict[str, dict | None]]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _table(path: Path) -> dict[str, dict[str, Tile | None]]:
+    """The table at `path`; an empty one, with a warning, where what stands there is none."""
+    try:
+        return load_tiles(path)
+    except ValueError as error:
+        logger.warning("%s; ignored. Delete it, or make it anew by `fastmoe tune`", error)
+        return {}
+
+
+def load_tiles(path: Path) -> dict[str, dict[str, Tile | None]]:
+    """Tiles by GPU family and problem; none where there is no such file.
+
+    Raises:
+        ValueError: what stands there is no table of tiles.
+    """
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {key: _tile(row) for key, row in rows.items()} for name, rows in table.items()}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is not a table of tiles: {error}") from error
+
+
+def _tile(row: dict | None) -> Tile | None:
+    if row is None:
+        return None
+    tile = Tile(**row)
+    sizes = (tile.rows, tile.columns, tile.depth)
+    counts = (*sizes, tile.group, tile.warps, tile.stages, tile.programs, tile.split)
+    if type(tile.tma) is not bool or not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"a tile has whole numbers above 0, and tma true or false; got {row}")
+    if min(sizes) < 16 or any(size & (size - 1) for size in (*sizes, tile.warps)):
+        raise ValueError(f"rows, columns and depth must be powers of two from 16, warps a power of two; got {row}")
+    return tile
 
 
 def save_tiles(path: Path, name: str, tiles: dict[str, Tile | None]) -> None:
     """Put measured tiles of GPU family `name` into the table at `path`; what else it holds stays."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    table.setdefault(name, {}).update({key: None if tile is None else asdict(tile) for key, tile in tiles.items()})
+    table = dict(_table(path))
+    table[name] = table.get(name, {}) | tiles
+    rows = {
+        name: {key: None if tile is None else asdict(tile) for key, tile in found.items()}
+        for name, found in table.items()
+    }
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    unfinished.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     unfinished.replace(path)
     _table.cache_clear()
