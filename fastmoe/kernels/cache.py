@@ -8,8 +8,12 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/fastmoe`; where that cannot be written to, a folder of this process alone."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "fastmoe"
+    return _folder(os.environ.get("XDG_CACHE_HOME") or "")
+
+
+@cache
+def _folder(root: str) -> Path:
+    folder = (Path(root) if root else Path.home() / ".cache") / "fastmoe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

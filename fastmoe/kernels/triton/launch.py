@@ -1,11 +1,26 @@
 """What every launch needs to know of the machine."""
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Triton launches on the current device: make it that of the first argument, a tensor."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @cache
@@ -17,8 +32,8 @@ def num_processors(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are taken: by PyTorch's own switch."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """How float32 products are taken: by PyTorch's own switch; on AMD, where few GPUs have TF32, in full."""
+    tf32 = torch.version.hip is None and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -14,7 +14,7 @@ from fastmoe.kernels.activations import get_activation
 from fastmoe.kernels.torch_ops.layout import grouped_mm_fits
 from fastmoe.kernels.triton.activation import activate, activate_backward
 from fastmoe.kernels.triton.combine import combine, combine_backward, lists_of, weights_grad
-from fastmoe.kernels.triton.launch import contiguous
+from fastmoe.kernels.triton.launch import contiguous, on_its_device
 from fastmoe.kernels.triton.prepare import Rows, Tiles, prepare, tiles_of
 from fastmoe.kernels.triton.product import backward, forward, product
 from fastmoe.kernels.triton.tiles import Problem, Tile, choose_tile
@@ -49,6 +49,7 @@ class _Grid:
         return self.made[tile.rows]
 
 
+@on_its_device
 def mlp_forward(
     x_TD: Tensor,
     weights_N: Tensor,
@@ -90,6 +91,7 @@ def mlp_forward(
     return combine(out_SND, rows.position_N, rows.weight_N, offsets_E, len(x_TD), lists, x_TD.dtype), pre_NW
 
 
+@on_its_device
 def mlp_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -165,6 +167,7 @@ def _gather(values_TD: Tensor, rows: Rows) -> Tensor:
     return values_TD.index_select(0, rows.token_N)
 
 
+@on_its_device
 def grouped_mm(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
     """`rows @ weight[e].T + bias[e]`, zero where a row is not computed."""
     rows_NI, weight_EOI, bias_EO = contiguous(rows_NI, weight_EOI, bias_EO)
@@ -177,6 +180,7 @@ def grouped_mm(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offs
     return _routed_only(out_NO, offsets_E)
 
 
+@on_its_device
 def grouped_mm_backward(
     grad_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -211,6 +215,7 @@ def _routed_only(rows_NO: Tensor, offsets_E: Tensor) -> Tensor:
     return rows_NO.masked_fill_((positions_N >= offsets_E[-1]).unsqueeze(1), 0)
 
 
+@on_its_device
 def combine_rows(
     rows_NO: Tensor, token_ids_N: Tensor, weights_N: Tensor, order_N: Tensor, offsets_E: Tensor, num_tokens: int
 ) -> Tensor:
@@ -223,6 +228,7 @@ def combine_rows(
     return combine(parts_1NO, rows.position_N, rows.weight_N, offsets_E, num_tokens, lists, rows_NO.dtype)
 
 
+@on_its_device
 def combine_rows_backward(
     grad_TO: Tensor,
     rows_NO: Tensor,

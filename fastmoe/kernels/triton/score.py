@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmoe.kernels.triton.launch import power_of_two
+from fastmoe.kernels.triton.launch import on_its_device, power_of_two
 
 MAX_EXPERTS, MAX_K = 1024, 16
 
@@ -41,9 +41,9 @@ def score_kernel(logits, scores, weights, ids, T, E, K: tl.constexpr, SOFTMAX: t
         s = tl.sigmoid(z)
     at = t.to(tl.int64)[:, None] * E + e[None, :]
     tl.store(scores + at, s, mask=mask)
-    left = tl.where(
-        (e < E)[None, :], tl.where(z != z, float("inf"), s), -1.0
-    )  # a NaN is chosen first, as by torch.topk
+    # a logit that is NaN or infinite is chosen first, as by torch.topk; then what else has no score because of it
+    rank = tl.where(z < float("inf"), tl.where(s == s, s, 2.0), float("inf"))
+    left = tl.where((e < E)[None, :], rank, -1.0)
     chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     taken_z = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
     taken = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
@@ -83,16 +83,18 @@ def score_backward_kernel(
     if NORMALIZE:
         dot = tl.sum(tl.load(weights + own, mask=kept, other=0) * tl.load(dweights + own, mask=kept, other=0), 1)
     direct = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)  # to the logits themselves
+    if not SOFTMAX:
+        rest = tl.sigmoid(-tl.load(logits + at, mask=mask, other=0))  # 1 - s, which would lose digits near 1
     for j in tl.static_range(K):
         one = t.to(tl.int64) * K + j
         here = e[None, :] == tl.load(ids + one, mask=t < T, other=-1)[:, None]
         dw = tl.load(dweights + one, mask=t < T, other=0)
         if NORMALIZE:
             share = tl.load(weights + one, mask=t < T, other=0) * (dw - dot)
-            direct += tl.where(here, share[:, None] * (1.0 if SOFTMAX else 1 - s), 0.0)
+            direct += tl.where(here, share[:, None] if SOFTMAX else share[:, None] * rest, 0.0)
         else:
             ds += tl.where(here, dw[:, None], 0.0)
-    dz = s * (ds - tl.sum(s * ds, 1)[:, None]) if SOFTMAX else ds * s * (1 - s)
+    dz = s * (ds - tl.sum(s * ds, 1)[:, None]) if SOFTMAX else ds * s * rest
     tl.store(dlogits + at, (dz + direct).to(dlogits.dtype.element_ty), mask=mask)
 
 
@@ -101,6 +103,7 @@ def _blocks(E: int, K: int) -> tuple[int, int, int]:
     return max(1, min(32, 2048 // BLOCK_E)), BLOCK_E, power_of_two(K, 2, MAX_K)
 
 
+@on_its_device
 def score_topk(logits_TE: Tensor, top_k: int, softmax: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`(scores_TE, weights_TK, expert_ids_TK)`: float32, float32, int64; among equal scores the lowest expert."""
     T, E = logits_TE.shape
@@ -115,6 +118,7 @@ def score_topk(logits_TE: Tensor, top_k: int, softmax: bool, normalize: bool) ->
     return scores_TE, weights_TK, ids_TK
 
 
+@on_its_device
 def score_topk_backward(
     dscores_TE: Tensor,
     dweights_TK: Tensor,

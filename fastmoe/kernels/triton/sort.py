@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoe.kernels.contract import ids_out_of_range
-from fastmoe.kernels.triton.launch import num_processors
+from fastmoe.kernels.triton.launch import num_processors, on_its_device
 
 _ONE_LAUNCH = 2048  # rows that one program sorts by itself
 _CHUNK = 512  # rows that are worth a program
@@ -81,6 +81,7 @@ def place_kernel(
         tl.debug_barrier()
 
 
+@on_its_device
 def sort_rows(expert_ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """`(order_N, offsets_E)` of a `Plan`."""
     ids, N = expert_ids_N.contiguous(), len(expert_ids_N)

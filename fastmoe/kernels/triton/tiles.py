@@ -78,9 +78,9 @@ def choose_tile(problem: Problem, device: torch.device, grouped_mm: bool) -> Til
     """The tile for a problem; None: `F.grouped_mm` was measured to be faster, and may serve, as `grouped_mm` says."""
     name = family(device)
     for table in (_table(user_table()), _table(shipped_table())):
-        found = table.get(name, {})
-        if problem.key in found and (grouped_mm or found[problem.key] is not None):
-            return found[problem.key]
+        found = table.get(name)
+        if found and (key := problem.key) in found and (grouped_mm or found[key] is not None):
+            return found[key]
     return default_tile(problem, name)
 
 
@@ -93,7 +93,7 @@ def default_tile(problem: Problem, name: str) -> Tile:
     tma = name in ("sm90", "sm100", "sm120") and not wide
     stages = 3 if name.startswith("sm") else 2
     if problem.kind == "weight":
-        return Tile(128, 256, 64, 8, 8, 5) if large and not wide else Tile(128, 128, 32, 8, 8, stages)
+        return Tile(128, 256, 64, 8, 8, 5) if large and not wide else Tile(128, 128, 16 if wide else 32, 8, 8, stages)
     if problem.rows_per_expert <= 16:
         tile = Tile(16, 32 if problem.gated else 64, 128 if large and not wide else 64, 4, 4, stages, tma, 4)
         return replace(tile, split=_split(problem, tile))
@@ -101,7 +101,7 @@ def default_tile(problem: Problem, name: str) -> Tile:
         return Tile(64, 64 if problem.gated else 128, 32 if wide else 64, 8, 8 if wide else 4, stages, tma, 2)
     two = problem.gated and problem.kind == "forward"
     if wide or not large:
-        return Tile(128, 64 if two else 128, 32, 8, 8, stages, tma)
+        return Tile(128, 64 if two else 128, 16 if two and wide else 32, 8, 8, stages, tma)
     if problem.kind == "backward":
         return Tile(128, 128, 64, 8, 8, 4 if name == "sm90" else 3, tma)
     return Tile(128, 128 if two else 256, 64, 8, 8, 3, tma)
