@@ -33,6 +33,7 @@ COMMANDS = {
         "bench",
         ("matplotlib", "rich", "tyro"),
     ),
+    "tune": Command("measure the fastest tiles for this machine's GPU", "fastmoe.tune.command", "bench", ("tyro",)),
     "report": Command("write a run's report as one HTML file", "fastmoe.train.report_command", "train", ("plotly",)),
 }
 
