@@ -1,43 +1,57 @@
-"""`fastmoe bench` on a GPU machine that may have PyTorch alone: `python benchmarks/bench_gpu.py gpu fastmoe-paper`."""
+"""One GPU preset of `fastmoe bench`, with PyTorch alone: `python benchmarks/bench_gpu.py gpu-large --out FOLDER`.
+
+FOLDER/PRESET.json holds all that is measured so far, at any time. `--dry` rehearses it with toy shapes on a CPU.
+"""
 
 import argparse
-import dataclasses
-import importlib.util
+import sys
 from pathlib import Path
 
-from fastmoe.bench.presets import PRESETS
+from fastmoe.bench.presets import PRESETS, toy
 from fastmoe.bench.run import Settings, run, save
+from fastmoe.bench.targets import targets
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("presets", nargs="+", choices=PRESETS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=5.0)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=[name for name in PRESETS if name.startswith("gpu-")])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one contender and problem")
+    parser.add_argument("--budget", type=float, help="seconds after which no other problem is begun")
+    parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
-    for name in arguments.presets:
-        preset = dataclasses.replace(PRESETS[name], device="cuda")
-        path = arguments.out / f"cuda-{name}.json"
-        result = run(preset, Settings(arguments.rounds, arguments.seconds), lambda r, path=path: show(r, path))
-        if importlib.util.find_spec("matplotlib") is None:
-            print("no picture: matplotlib is not installed")
-        else:
-            from fastmoe.bench.plot import plot
+    name, path = arguments.preset, arguments.out / f"{arguments.preset}.json"
+    preset = toy(PRESETS[name]) if arguments.dry else PRESETS[name]
+    rounds = 1 if arguments.dry else arguments.rounds
+    settings = Settings(rounds, arguments.seconds, budget=arguments.budget, go_on=True, dry=arguments.dry)
 
-            plot(result, path.with_suffix(".png"))
+    def keep(result: dict) -> None:
+        save(result | {"targets": targets(name, result)}, path)
+
+    def done(result: dict) -> None:
+        keep(result)
+        if result["rows"]:
+            show(result["rows"][-1])
+
+    result = run(preset, settings, done)
+    keep(result)
+    for target in targets(name, result):
+        verdict = "rehearsed" if arguments.dry else "met" if target["met"] else "MISSED"
+        sign = ">=" if target["at_least"] else "<="
+        print(f"{verdict}: {target['what']}: {target['value']:.2f}, wanted {sign} {target['limit']:.2f}")
+    for word in ("skipped", "failed", "left"):
+        for case in result[word]:
+            print(f"{word}: {case['shape']} {case['dtype']} {case['activation']}: {case.get('reason', 'no time')}")
+    return int(bool(result["failed"] or result["skipped"]))
 
 
-def show(result: dict, path: Path) -> None:
-    row = result["rows"][-1]
+def show(row: dict) -> None:
     for mode, found in row["modes"].items():
-        times = ", ".join(f"{name} {figure['median_ms']:.2f}" for name, figure in found["contenders"].items())
-        print(
-            f"{row['shape']} {row['dtype']} {row['activation']} {mode}: floor {found['floor_ms']:.2f} ms; {times}",
-            flush=True,
-        )
-    save(result, path)
+        times = ", ".join(f"{name} {figure['median_ms']:.3f}" for name, figure in found["contenders"].items())
+        case = f"{row['shape']} {row['dtype']} {row['activation']} {mode}"
+        print(f"{case}: floor {found['floor_ms']:.3f} ms; {times}; left out: {row['left_out']}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,15 +5,17 @@ from functools import partial
 
 from fastmoe._errors import unknown_name
 from fastmoe.bench import huggingface, peers, plain
+from fastmoe.bench.graphs import in_graph, in_graph_name
 from fastmoe.bench.problem import Contender, Problem
 
 OURS, DENSE, LAYER = "fastmoe", "dense MLP", "fastmoe layer"
+CAPTURED = (OURS, "F.grouped_mm", "HF grouped_mm", "HF batched_mm")
 Builder = Callable[[Problem], Contender]
 
 
 def table() -> dict[str, Builder]:
     """Every contender by name."""
-    return {
+    eager: dict[str, Builder] = {
         OURS: plain.ours,
         **plain.each_backend(),
         "F.grouped_mm": plain.grouped_mm,
@@ -23,10 +25,13 @@ def table() -> dict[str, Builder]:
         **{f"HF {name}": partial(huggingface.mixtral, implementation=name) for name in huggingface.IMPLEMENTATIONS},
         **peers.LAYERS,
     }
+    return eager | {in_graph_name(name): in_graph(eager[name]) for name in CAPTURED}
 
 
 def choose(names: Sequence[str]) -> dict[str, Builder]:
-    """The contenders of these names; all where there are none. Ours and the dense MLP, the floor's part, always run.
+    """The contenders of these names; where there are none, all but CUDA graphs.
+
+    Ours and the dense MLP, the floor's part, always run.
 
     Raises:
         ValueError: an unknown name.
@@ -35,7 +40,8 @@ def choose(names: Sequence[str]) -> dict[str, Builder]:
     for name in names:
         if name not in known:
             raise unknown_name("contender", name, known)
-    wanted = {OURS, DENSE, *(names or known)}
+    graphs = {in_graph_name(name) for name in CAPTURED}
+    wanted = {OURS, DENSE, *(names or known.keys() - graphs)}
     if wanted & set(peers.LAYERS):
         wanted.add(LAYER)
     return {name: builder for name, builder in known.items() if name in wanted}

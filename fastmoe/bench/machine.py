@@ -1,6 +1,7 @@
 """What every result says about where it was measured."""
 
 import datetime
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 
 import fastmoe
+
+LIBRARIES = ["transformers", "deepspeed", "st-moe-pytorch", "mixture-of-experts", "scattermoe", "megablocks", "tutel"]
 
 
 def machine() -> dict:
@@ -17,9 +20,6 @@ def machine() -> dict:
         cpu = next(
             (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), cpu
         )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -29,6 +29,38 @@ def machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastmoe": fastmoe.__version__,
-        "commit": commit or "unknown",
+        "commit": _commit() or "unknown",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git
+        return ""
+
+
+def device_of(device: str) -> dict:
+    if device == "cpu":
+        return {}
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": properties.total_memory / 2**30,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "float32_products": torch.backends.cuda.matmul.fp32_precision,
+    }
+
+
+def libraries() -> dict[str, str]:
+    return {name: _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,7 +1,6 @@
-"""Build, check, then time all contenders of a problem in turns."""
+"""Times of all contenders of a problem, in turns."""
 
 import gc
-import math
 import random
 import statistics
 import time
@@ -10,13 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastmoe.bench.contenders import DENSE, LAYER, OURS, Builder
-from fastmoe.bench.peers import LAYERS
-from fastmoe.bench.problem import Contender, Problem, RefusedError
+from fastmoe.bench.problem import Contender, Problem
 
-LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
-LIMIT_HALF = 3e-2
-COPIED_BYTES = 128 << 20
+Call = Callable[[], object]
+COPY, MATMUL = "copy", "matmul"
+_FLUSH_BYTES = 256 << 20  # more than any L2
+_LONG, _ENOUGH, _MOST = 0.5, 0.02, 50  # seconds of a call that is timed once; seconds and calls of one that is repeated
 
 
 @dataclass
@@ -27,66 +25,22 @@ class Times:
     step: list[float] = field(default_factory=list)
 
 
-@dataclass
-class Field:
-    """Who runs, how far each is from the truth, and why the others do not run."""
-
-    contenders: dict[str, Contender]
-    errors: dict[str, float]
-    left_out: dict[str, str]
+def copied_bytes(device: str) -> int:
+    return (128 << 20) if device == "cpu" else (1 << 30)
 
 
-def gather(p: Problem, builders: dict[str, Builder]) -> Field:
-    """Build every contender and run it once; whoever cannot, or is wrong, is left out with the reason."""
-    found = Field({}, {}, {})
-    for name, build in builders.items():
-        try:
-            contender = build(p)
-            found.errors[name] = check(p, contender)
-            found.contenders[name] = contender
-        except RefusedError as reason:
-            found.left_out[name] = str(reason)
-        except Exception as error:  # whatever another library raises
-            if name in (OURS, DENSE):
-                raise
-            found.left_out[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        clear(p)
-    return found
-
-
-def check(p: Problem, contender: Contender) -> float:
-    """The largest relative error of output and gradients; 0 where the contender's mathematics is another.
-
-    Raises:
-        RefusedError: the error is above the dtype's limit, or a number is not finite.
-    """
-    if p.backward:
-        contender.step()
-    with torch.no_grad():
-        y_TD = contender.forward()
-    if contender.grads is None:
-        if not bool(y_TD.isfinite().all()):
-            raise RefusedError("wrong: its output is not finite")
-        return 0.0
-    got = [y_TD, *(contender.grads() if p.backward else [])]
-    error = max(relative_error(g, t) for g, t in zip(got, p.truth, strict=True))
-    limit = LIMITS.get(p.dtype, LIMIT_HALF)
-    if not error < limit:
-        raise RefusedError(f"wrong: relative error {error:.2g}, limit {limit:.2g}")
-    return error
-
-
-def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    scale = float(truth.norm())
-    return float((got.double() - truth).norm()) / (scale or 1.0)
+def matmul_size(device: str) -> int:
+    return 512 if device == "cpu" else 8192
 
 
 def measure(p: Problem, contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, Times]:
-    """Times of all contenders, in turns in each round; who would take more than `seconds` sits out rounds."""
-    times = {name: Times() for name in contenders}
-    source = torch.ones(COPIED_BYTES // 4, device=p.device)
-    target = torch.empty_like(source)
-    times["copy"] = Times()
+    """Times of all contenders, in turns in each round; who would take more than `seconds` sits out rounds.
+
+    Beside them the machine's own rates: a large copy, and one square matrix product in the problem's dtype.
+    """
+    times = {name: Times() for name in (*contenders, COPY, MATMUL)}
+    rates = yardsticks(p)
+    flush = None if p.device == "cpu" or p.backward else flusher(p.device)
     for round_number in range(rounds):
         for name in shuffled(list(contenders), round_number):
             contender, spent = contenders[name], times[name]
@@ -95,13 +49,26 @@ def measure(p: Problem, contenders: dict[str, Contender], rounds: int, seconds: 
             if p.device != "cpu":
                 torch.cuda.empty_cache()
             with torch.no_grad():
-                spent.forward.append(timed(contender.forward, p.device))
+                spent.forward.append(timed(contender.forward, p.device, flush, not contender.replayed))
             if p.backward:
                 spent.step.append(timed(contender.step, p.device))
             contender.clear()
-        times["copy"].forward.append(timed(lambda: target.copy_(source), p.device))
+        for name, call in rates.items():
+            times[name].forward.append(timed(call, p.device))
         gc.collect()
     return times
+
+
+def yardsticks(p: Problem) -> dict[str, Call]:
+    source = torch.ones(copied_bytes(p.device) // 4, device=p.device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn((matmul_size(p.device),) * 2, device=p.device).to(p.dtype) for _ in range(2))
+    return {COPY: lambda: target.copy_(source), MATMUL: lambda: a @ b}
+
+
+def flusher(device: str) -> Call:
+    """Reads more than L2 holds, so that weights come from memory; it leaves nothing to be written back."""
+    return torch.ones(_FLUSH_BYTES // 4, device=device).sum
 
 
 def shuffled(names: list[str], round_number: int) -> list[str]:
@@ -109,70 +76,37 @@ def shuffled(names: list[str], round_number: int) -> list[str]:
     return random.Random(round_number).sample(names, len(names))
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds until the result is there."""
-    if device != "cpu":
+def timed(call: Call, device: str, flush: Call | None = None, wait: bool = True) -> float:
+    """Seconds until the result is there.
+
+    On a GPU a first call warms up, then calls in a row are timed together, or one by one behind a `flush` of L2. With
+    `wait` the device is idle when such a call begins, so that the host's launches count.
+    """
+    if device == "cpu":
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds
+    first = _on_gpu(call, 1)
+    if first > _LONG:
+        return first
+    repeats = max(1, min(_MOST, int(_ENOUGH / max(first, 1e-9))))
+    if flush is None:
+        return _on_gpu(call, repeats)
+    return statistics.median(_on_gpu(call, 1, flush, wait) for _ in range(repeats))
+
+
+def _on_gpu(call: Call, repeats: int, flush: Call | None = None, wait: bool = True) -> float:
+    """Seconds of one of `repeats` calls in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush()
+    if wait:
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
-
-
-def clear(p: Problem) -> None:
-    for leaf in p.leaves:
-        leaf.grad = None
-
-
-def summarize(p: Problem, found: Field, times: dict[str, Times]) -> dict:
-    """One row of the result: for each mode the floor, and each contender's median and ratios."""
-    copy = statistics.median(times["copy"].forward)
-    bytes_per_second = 2 * COPIED_BYTES / copy
-    row: dict = {
-        "shape": dict(zip("TEDHK", p.shape, strict=True)),
-        "dtype": str(p.dtype).removeprefix("torch."),
-        "activation": p.activation,
-        "copy_gb_per_s": bytes_per_second / 1e9,
-        "relative_errors": found.errors,
-        "left_out": found.left_out,
-        "modes": {},
-    }
-    for mode, attribute, passes in (("forward", "forward", 1), ("forward+backward", "step", 3)):
-        runs = {name: getattr(t, attribute) for name, t in times.items() if name != "copy"}
-        if not runs[OURS]:
-            continue
-        dense_ms = statistics.median(runs[DENSE]) * 1e3
-        bytes_ms = passes * p.expert_bytes / bytes_per_second * 1e3
-        floor_ms = max(dense_ms, bytes_ms)
-        floor = {"floor_ms": floor_ms, "dense_ms": dense_ms, "bytes_ms": bytes_ms}
-        row["modes"][mode] = floor | {"contenders": {n: figures(n, r, runs, floor_ms) for n, r in runs.items()}}
-    return row
-
-
-def figures(name: str, run: list[float], runs: dict[str, list[float]], floor_ms: float) -> dict:
-    """A contender's times; `times_ours`: how many times ours it takes, layers beside our layer; with the quartiles."""
-    ours = runs[LAYER if name in LAYERS else OURS]
-    low, middle, high = ratios(run, ours)
-    median_ms = statistics.median(run) * 1e3
-    return {
-        "median_ms": median_ms,
-        "min_ms": min(run) * 1e3,
-        "rounds": len(run),
-        "over_floor": median_ms / floor_ms,
-        "times_ours": middle,
-        "spread": [low, high],
-    }
-
-
-def ratios(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """Quartiles of the rounds' ratios; the ratio of the medians thrice where one sat out rounds."""
-    if len(theirs) != len(ours) or len(ours) < 2:
-        ratio = statistics.median(theirs) / statistics.median(ours)
-        return ratio, ratio, ratio
-    each = [t / o for t, o in zip(theirs, ours, strict=True)]
-    low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
-    assert all(map(math.isfinite, (low, middle, high)))
-    return low, middle, high
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats

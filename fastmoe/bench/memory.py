@@ -1,4 +1,4 @@
-"""What a forward and backward pass takes on top of weights and gradients, each contender in its own process."""
+"""What fits, and on a CPU what a pass takes on top of weights and gradients, each contender in its own process."""
 
 import ast
 import ctypes
@@ -10,6 +10,7 @@ import torch
 
 from fastmoe.bench.contenders import DENSE, OURS, table
 from fastmoe.bench.problem import Problem
+from fastmoe.bench.truth import CHUNK_BYTES
 from fastmoe.kernels import get_activation
 
 Shape = tuple[int, int, int, int, int]
@@ -20,8 +21,11 @@ def too_large(shape: Shape, dtype: str, activation: str, device: str) -> str | N
     T, E, D, H, K = shape
     size = getattr(torch, dtype).itemsize
     weights = E * D * H * (3 if get_activation(activation).gated else 2)
-    # Weights, gradients and buffers kept for them, ours and those of contenders with weights of their own; float64's.
-    needed = weights * (8 * size + 24) + 16 * T * K * (D + H) * 8
+    rows = T * K * (D + 3 * H)
+    # Weights, gradients, and on a CPU buffers kept for them and weights of other libraries' own; the truth, in float32.
+    held = weights * ((8 if device == "cpu" else 3) * size + max(4, size)) + rows * 8 * size
+    in_float64 = min(6 * CHUNK_BYTES, 48 * (weights + rows))
+    needed = held + in_float64
     free = free_bytes(device)
     if free is None or needed <= free:
         return None
@@ -37,45 +41,38 @@ def free_bytes(device: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def extra_memory(shape: Shape, dtype: str, activation: str, device: str) -> dict[str, float] | None:
-    """Peak MiB of ours and of the dense MLP on T*K rows; None where the system does not tell."""
-    if device == "cpu" and not (Path("/proc/self/clear_refs").exists() and hasattr(ctypes.CDLL(None), "malloc_trim")):
+def extra_memory(shape: Shape, dtype: str, activation: str) -> dict[str, float] | None:
+    """Peak MiB on a CPU of ours and of the dense MLP on T*K rows; None where the system does not tell."""
+    if not (Path("/proc/self/clear_refs").exists() and hasattr(ctypes.CDLL(None), "malloc_trim")):
         return None
     found = {}
     for name in (OURS, DENSE):
-        arguments = (name, shape, dtype, activation, device)
+        arguments = (name, shape, dtype, activation)
         code = f"from fastmoe.bench.memory import _measure; _measure{arguments!r}"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found[name] = ast.literal_eval(run.stdout.splitlines()[-1]) / 2**20
     return found
 
 
-def _measure(name: str, shape: Shape, dtype: str, activation: str, device: str) -> None:
-    _step(name, (4, 2, 64, 64, 2), dtype, activation, device)  # what a library takes once does not count
-    p = Problem(shape, getattr(torch, dtype), activation, device)
+def _measure(name: str, shape: Shape, dtype: str, activation: str) -> None:
+    _step(name, (4, 2, 64, 64, 2), dtype, activation)  # what a library takes once does not count
+    p = Problem(shape, getattr(torch, dtype), activation)
     contender = table()[name](p)
-    before = _reset_peak(device)
+    before = _reset_peak()
     contender.step()
     grads = sum(leaf.grad.nbytes for leaf in contender.leaves if leaf.grad is not None)
-    print(_peak(device) - before - grads)
+    print(_status("VmHWM") - before - grads)
 
 
-def _step(name: str, shape: Shape, dtype: str, activation: str, device: str) -> None:
-    table()[name](Problem(shape, getattr(torch, dtype), activation, device)).step()
+def _step(name: str, shape: Shape, dtype: str, activation: str) -> None:
+    table()[name](Problem(shape, getattr(torch, dtype), activation)).step()
 
 
-def _reset_peak(device: str) -> int:
+def _reset_peak() -> int:
     """Forget the peak; the bytes in use now."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays resident would serve the step uncounted
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    return _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def _status(key: str) -> int:

@@ -40,7 +40,10 @@ def _sweep(result: dict) -> Figure:
         for name in names:
             if name in LAYERS:
                 continue
-            rows = [row for row in result["rows"] if name in row["modes"][mode]["contenders"]]
+            rows = sorted(
+                (row for row in result["rows"] if name in row["modes"][mode]["contenders"]),
+                key=lambda row: row["shape"]["E"],
+            )
             times = [row["modes"][mode]["contenders"][name]["median_ms"] for row in rows]
             axes.plot([row["shape"]["E"] for row in rows], times, marker="o", label=name)
         axes.set(xscale="log", yscale="log", xlabel="experts", ylabel="ms", title=mode)

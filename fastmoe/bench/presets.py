@@ -3,6 +3,9 @@
 import dataclasses
 import re
 
+from fastmoe.bench.contenders import CAPTURED
+from fastmoe.bench.graphs import in_graph_name
+
 Shape = tuple[int, int, int, int, int]
 
 
@@ -31,15 +34,35 @@ PRESETS = {
         dtypes=("float32", "bfloat16"),
         activations=("gelu", "swiglu"),
     ),
-    "gpu": Preset(
-        shapes=(
-            (8192, 64, 1024, 4096, 2),
-            (4096, 64, 512, 1024, 2),
-            (16384, 8, 2048, 8192, 2),
-            (8192, 256, 1024, 512, 8),
-        ),
-        dtypes=("bfloat16", "float16"),
+    "gpu-large": Preset(
+        shapes=((32768, 128, 4096, 1024, 8), (32768, 128, 2048, 768, 8)),
+        dtypes=("bfloat16",),
+        activations=("swiglu",),
+        contenders=("F.grouped_mm", "HF grouped_mm"),
+        device="cuda",
+    ),
+    "gpu-decode": Preset(
+        shapes=(),
+        decode=tuple((tokens, 128, 2048, 768, 8) for tokens in (1, 2, 4, 8, 16, 32, 64)),  # Qwen3-30B-A3B's experts
+        dtypes=("bfloat16",),
+        activations=("swiglu",),
+        contenders=("F.grouped_mm", "HF grouped_mm", "HF batched_mm", *map(in_graph_name, CAPTURED)),
+        device="cuda",
+    ),
+    "gpu-dense": Preset(
+        shapes=((16384, 8, 2048, 4096, 2), (16384, 64, 2048, 4096, 2)),
+        dtypes=("bfloat16",),
         activations=("gelu", "swiglu"),
+        contenders=("F.grouped_mm",),
+        device="cuda",
+    ),
+    "gpu-paper": Preset(
+        shapes=tuple(
+            (4096, experts, 1024, 4096, min(2, experts)) for experts in (64, 8, 2, 4, 16, 32, 1, 512)
+        ),  # what matters first, what takes long last
+        dtypes=("bfloat16", "float32"),
+        activations=("relu",),
+        contenders=("F.grouped_mm", "ModuleList loop", "brute-force loop"),
         device="cuda",
     ),
     "fastmoe-paper": Preset(
@@ -49,6 +72,25 @@ PRESETS = {
         contenders=("F.grouped_mm", "ModuleList loop", "brute-force loop"),
     ),
 }
+
+
+def toy(preset: Preset) -> Preset:
+    """The same with tiny shapes on a CPU, for a rehearsal; our Triton kernels take part, through Triton's interpreter.
+
+    bfloat16 becomes float16: the interpreter's products in bfloat16 are wrong.
+    """
+
+    def tiny(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        return tuple(dict.fromkeys((min(T, 8), min(E, 4), 32, 48, min(K, 2)) for T, E, _, _, K in shapes))
+
+    return dataclasses.replace(
+        preset,
+        shapes=tiny(preset.shapes),
+        decode=tiny(preset.decode),
+        dtypes=tuple("float16" if dtype == "bfloat16" else dtype for dtype in preset.dtypes),
+        contenders=(*preset.contenders, "fastmoe (triton)"),
+        device="cpu",
+    )
 
 
 def parse_shape(text: str) -> Shape:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmoe import kernels
+from fastmoe.bench.truth import truth
 
 
 @dataclasses.dataclass
@@ -26,8 +27,8 @@ class Problem:
         weights_TK, self.ids_TK = torch.randn(T, E, device=self.device).softmax(1).topk(K)
         self.weights_TK = (weights_TK / weights_TK.sum(1, keepdim=True)).requires_grad_()
         self.x_TD = self._randn(T, D).requires_grad_()
-        self.w1 = (self._randn(E, H * (1 + self.gated), D) / D**0.5).requires_grad_()
-        self.w2 = (self._randn(E, D, H) / H**0.5).requires_grad_()
+        self.w1 = self._randn(E, H * (1 + self.gated), D).div_(D**0.5).requires_grad_()
+        self.w2 = self._randn(E, D, H).div_(H**0.5).requires_grad_()
         self.grad_TD = self._randn(T, D)
         self.token_N = torch.arange(T, device=self.device).repeat_interleave(K)
 
@@ -53,15 +54,15 @@ class Problem:
         found = [leaf.grad for leaf in self.leaves]
         return [torch.zeros_like(t) if g is None else g for t, g in zip(self.leaves, found, strict=True)]
 
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of forward's two products; backward's take twice as many."""
+        return 2 * self.ids_TK.numel() * (self.w1[0].numel() + self.w2[0].numel())
+
     @cached_property
     def truth(self) -> list[Tensor]:
-        """The reference backend's output, and gradients if there is a backward, in float64."""
-        leaves = [t.detach().double().requires_grad_() for t in self.leaves]
-        with torch.set_grad_enabled(self.backward):
-            y_TD = self.routed_mlp("reference", *leaves)
-        if not self.backward:
-            return [y_TD]
-        return [y_TD.detach(), *torch.autograd.grad(y_TD, leaves, self.grad_TD.double())]
+        """The right output, and gradients if there is a backward."""
+        return truth(self)
 
     def routed_mlp(self, backend: str, x_TD: Tensor, weights_TK: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         _, E, _, _, K = self.shape
@@ -78,13 +79,14 @@ class Contender:
     """`forward()` gives the output; `leaves` are the tensors that backward fills.
 
     `grads()` are the gradients of x, routing weights, w1 and w2, for the comparison; None where the mathematics is
-    another, and only finiteness is checked.
+    another, and only finiteness is checked. `replayed`: a CUDA graph, which needs no work of the host.
     """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     upstream: Tensor
     grads: Callable[[], list[Tensor]] | None
+    replayed: bool = False
 
     def step(self) -> None:
         self.clear()

@@ -18,7 +18,8 @@ def show_row(console: Console, row: dict) -> None:
         )
         table = Table(title=title, title_justify="left")
         for heading in ("contender", "median, ms", "over floor", "times ours", "quartiles", "rounds"):
-            table.add_column(heading, justify="left" if heading == "contender" else "right")
+            first = heading == "contender"
+            table.add_column(heading, justify="left" if first else "right", no_wrap=first)
         for name, cells in _cells(found["contenders"]):
             table.add_row(name, *cells)
         console.print(table)

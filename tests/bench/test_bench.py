@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("tyro")
 
+from fastmoe.bench import gate, peers, plain, presets, summary
 from fastmoe.bench import measure as measuring
 from fastmoe.bench import memory as bench_memory
-from fastmoe.bench import peers, plain, presets
 from fastmoe.bench.command import Command as Flags
 from fastmoe.bench.command import chosen, main
 from fastmoe.bench.contenders import DENSE, LAYER, OURS, choose, table
@@ -28,7 +28,7 @@ PLAIN = [OURS, "fastmoe (torch)", "F.grouped_mm", "ModuleList loop", "brute-forc
 
 
 def gathered(problem, names=()):
-    return measuring.gather(problem, choose(names))
+    return gate.gather(problem, choose(names))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,7 +67,7 @@ def wrong(change):
 @pytest.mark.parametrize("change", [lambda y: y * 1.001, lambda y: y + torch.nan, lambda y: y[:1].expand_as(y)])
 def test_a_wrong_contender_is_not_timed(change):
     problem = Problem(SMALL, torch.float32)
-    found = measuring.gather(problem, choose([OURS]) | {"liar": wrong(change)})
+    found = gate.gather(problem, choose([OURS]) | {"liar": wrong(change)})
     assert "liar" not in found.contenders
     assert found.left_out["liar"].startswith("wrong: relative error")
 
@@ -77,7 +77,7 @@ def test_a_wrong_gradient_is_found():
         right = plain.ours(p)
         return Contender(right.forward, right.leaves, right.upstream, lambda: [2 * g for g in p.grads()])
 
-    found = measuring.gather(Problem(SMALL, torch.float32), choose([OURS]) | {"liar": build})
+    found = gate.gather(Problem(SMALL, torch.float32), choose([OURS]) | {"liar": build})
     assert "wrong" in found.left_out["liar"]
 
 
@@ -85,7 +85,7 @@ def test_a_contender_that_fails_does_not_stop_the_others():
     def build(p):
         raise RuntimeError("no kernel image\nmore")
 
-    found = measuring.gather(Problem(SMALL, torch.float32), choose([OURS]) | {"broken": build})
+    found = gate.gather(Problem(SMALL, torch.float32), choose([OURS]) | {"broken": build})
     assert found.left_out["broken"] == "failed: RuntimeError: no kernel image"
     assert OURS in found.contenders
 
@@ -104,8 +104,8 @@ def test_layers_are_compared_with_our_layer(monkeypatch):
     found = gathered(problem, ["Tutel"])
     assert set(found.contenders) == {OURS, DENSE, LAYER, "Tutel"}
     times = {name: measuring.Times([t], [t]) for name, t in {OURS: 1.0, DENSE: 0.5, LAYER: 2.0, "Tutel": 6.0}.items()}
-    times["copy"] = measuring.Times([1.0])
-    row = measuring.summarize(problem, found, times)
+    times |= {name: measuring.Times([1.0]) for name in ("copy", "matmul")}
+    row = summary.summarize(problem, found, times)
     assert row["modes"]["forward"]["contenders"]["Tutel"]["times_ours"] == 3
 
 
@@ -113,10 +113,12 @@ def test_the_floor():
     problem = Problem(SMALL, torch.float32)
     found = gathered(problem, [OURS])
     copy = 0.01
-    bytes_ms = problem.expert_bytes / (2 * measuring.COPIED_BYTES / copy) * 1e3
+    bytes_ms = problem.expert_bytes / (2 * measuring.copied_bytes("cpu") / copy) * 1e3
     for dense_s, floor_ms in ((1e-9, bytes_ms), (0.5, 500.0)):
         times = {OURS: measuring.Times([1.0, 2.0, 3.0], [4.0]), DENSE: measuring.Times([dense_s] * 3, [dense_s])}
-        row = measuring.summarize(problem, found, times | {"copy": measuring.Times([copy] * 3)})
+        row = summary.summarize(
+            problem, found, times | {"copy": measuring.Times([copy] * 3), "matmul": measuring.Times([0.1])}
+        )
         forward, step = row["modes"]["forward"], row["modes"]["forward+backward"]
         assert forward["floor_ms"] == pytest.approx(floor_ms)
         assert step["bytes_ms"] == pytest.approx(3 * bytes_ms)
@@ -124,10 +126,10 @@ def test_the_floor():
 
 
 def test_ratios_are_of_rounds():
-    assert measuring.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == tuple(
+    assert summary.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == tuple(
         statistics.quantiles([2.0, 3.0, 1.0], n=4, method="inclusive")
     )
-    assert measuring.ratios([6.0], [1.0, 3.0, 4.0]) == (2.0, 2.0, 2.0)
+    assert summary.ratios([6.0], [1.0, 3.0, 4.0]) == (2.0, 2.0, 2.0)
 
 
 def test_the_slow_sit_out_rounds():
@@ -198,7 +200,7 @@ def test_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="device 'cuda' is asked for and PyTorch finds none"):
-        check(PRESETS["gpu"])
+        check(PRESETS["gpu-large"])
 
 
 def test_presets():
@@ -223,7 +225,7 @@ def test_the_papers_figure(tmp_path):
 
 
 def test_extra_memory_is_of_the_right_size():
-    found = extra_memory((4096, 2, 64, 1024, 2), "float32", "gelu", "cpu")
+    found = extra_memory((4096, 2, 64, 1024, 2), "float32", "gelu")
     if found is None:
         pytest.skip("this system does not tell")
     kept = 4096 * 2 * 1024 * 4 / 2**20  # the pre-activations alone
