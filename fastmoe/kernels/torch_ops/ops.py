@@ -14,11 +14,11 @@ from fastmoe.kernels.torch_ops.layout import choose_layout
 from fastmoe.kernels.torch_ops.mlp import Experts, Route, mlp_backward, mlp_forward
 
 
-def _given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
+def given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def _refuse_double_backward(op: torch.library.CustomOpDef) -> None:
+def refuse_double_backward(op: torch.library.CustomOpDef) -> None:
     def backward(ctx: object, *grads: object) -> None:
         raise RuntimeError("fastmoe's kernels have no second derivative; use backend='reference' for double backward")
 
@@ -74,7 +74,7 @@ def grouped_mm_backward(
     if by == "triton":
         from fastmoe.kernels.triton import mlp as triton_mlp
 
-        return _given(triton_mlp.grouped_mm_backward(grad_NO, rows_NI, weight_EOI, offsets_E, needed), grad_NO)
+        return given(triton_mlp.grouped_mm_backward(grad_NO, rows_NI, weight_EOI, offsets_E, needed), grad_NO)
     layout = choose_layout(len(rows_NI), offsets_E, weight_EOI)
     grad_SO = layout.put(grad_NO)
     grads = [
@@ -82,7 +82,7 @@ def grouped_mm_backward(
         layout.weight_grad(grad_SO, layout.put(rows_NI)) if needed[1] else None,
         layout.bias_grad(grad_SO) if needed[2] else None,
     ]
-    return _given(grads, grad_NO)
+    return given(grads, grad_NO)
 
 
 @grouped_mm_backward.register_fake
@@ -92,7 +92,7 @@ def _(grad_NO, rows_NI, weight_EOI, offsets_E, by, needed):  # type: ignore[no-u
     return [g.new_empty(g.shape) if need else g.new_empty(0) for g, need in zip(grads, needed, strict=True)]
 
 
-_refuse_double_backward(grouped_mm_backward)
+refuse_double_backward(grouped_mm_backward)
 
 
 def _grouped_mm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -175,14 +175,14 @@ def expert_mlp_backward(
         from fastmoe.kernels.triton import mlp as triton_mlp
 
         rest = (token_ids_N, order_N, offsets_E, pre_NH, activation, rows_per_token, needed)
-        return _given(triton_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rest), grad_TD)
+        return given(triton_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rest), grad_TD)
     if by == "native" and _is_native(x_TD, w2, order_N):
         rows = (token_ids_N, order_N, offsets_E)
         grads = native_mlp.mlp_backward(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *rows, pre_NH, activation, needed)
-        return _given(grads, grad_TD)
+        return given(grads, grad_TD)
     route = Route.build(x_TD, token_ids_N, weights_N, order_N, offsets_E, w1, rows_per_token)
     experts = Experts(w1, b1, w2, b2, activation)
-    return _given(mlp_backward(route, grad_TD, x_TD, pre_NH, experts, needed), grad_TD)
+    return given(mlp_backward(route, grad_TD, x_TD, pre_NH, experts, needed), grad_TD)
 
 
 @expert_mlp_backward.register_fake
@@ -194,7 +194,7 @@ def _(grad_TD, x_TD, weights_N, w1, b1, w2, b2, *route):  # type: ignore[no-unty
     ]
 
 
-_refuse_double_backward(expert_mlp_backward)
+refuse_double_backward(expert_mlp_backward)
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -214,119 +214,3 @@ def _expert_mlp_backward(ctx, grad_TD: Tensor | None, _grad_pre: Tensor | None):
 
 
 expert_mlp.register_autograd(_expert_mlp_backward, setup_context=_expert_mlp_setup)
-
-
-@torch.library.custom_op("fastmoe::combine", mutates_args=())
-def combine(
-    rows_NO: Tensor, weights_N: Tensor, token_ids_N: Tensor, order_N: Tensor, offsets_E: Tensor, num_tokens: int
-) -> Tensor:
-    """Each token's weighted sum of its rows, by Triton; `order_N` and `offsets_E` are a plan's."""
-    from fastmoe.kernels.triton.mlp import combine_rows
-
-    return combine_rows(rows_NO, token_ids_N, weights_N, order_N, offsets_E, num_tokens)
-
-
-@combine.register_fake
-def _(rows_NO, weights_N, token_ids_N, order_N, offsets_E, num_tokens):  # type: ignore[no-untyped-def]
-    return rows_NO.new_empty(num_tokens, rows_NO.shape[1])
-
-
-@torch.library.custom_op("fastmoe::combine_backward", mutates_args=())
-def combine_backward(
-    grad_TO: Tensor,
-    rows_NO: Tensor,
-    weights_N: Tensor,
-    token_ids_N: Tensor,
-    order_N: Tensor,
-    offsets_E: Tensor,
-    needed: list[bool],
-) -> list[Tensor]:
-    """Gradients of rows and weights."""
-    from fastmoe.kernels.triton.mlp import combine_rows_backward
-
-    args = (grad_TO, rows_NO, token_ids_N, weights_N, order_N, offsets_E, needed)
-    return _given(combine_rows_backward(*args), grad_TO)
-
-
-@combine_backward.register_fake
-def _(grad_TO, rows_NO, weights_N, token_ids_N, order_N, offsets_E, needed):  # type: ignore[no-untyped-def]
-    pairs = zip((rows_NO, weights_N), needed, strict=True)
-    return [t.new_empty(t.shape) if need else grad_TO.new_empty(0) for t, need in pairs]
-
-
-_refuse_double_backward(combine_backward)
-
-
-def _combine_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, _num_tokens = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.needed = list(ctx.needs_input_grad[:2])
-
-
-def _combine_backward(ctx, grad_TO: Tensor):  # type: ignore[no-untyped-def]
-    grads = combine_backward(grad_TO.contiguous(), *ctx.saved_tensors, ctx.needed)
-    return *(g if need else None for g, need in zip(grads, ctx.needed, strict=True)), *(None,) * 4
-
-
-combine.register_autograd(_combine_backward, setup_context=_combine_setup)
-
-
-@torch.library.custom_op("fastmoe::score_topk", mutates_args=())
-def score_topk(logits_TE: Tensor, top_k: int, softmax: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(scores_TE, weights_TK, expert_ids_TK)`, by Triton, in float32."""
-    from fastmoe.kernels.triton import score
-
-    return score.score_topk(logits_TE.contiguous(), top_k, softmax, normalize)
-
-
-@score_topk.register_fake
-def _(logits_TE: Tensor, top_k: int, softmax: bool, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shape_TK = (logits_TE.shape[0], top_k)
-    ids_TK = logits_TE.new_empty(shape_TK, dtype=torch.int64)
-    return logits_TE.new_empty(logits_TE.shape), logits_TE.new_empty(shape_TK), ids_TK
-
-
-@torch.library.custom_op("fastmoe::score_topk_backward", mutates_args=())
-def score_topk_backward(
-    dscores_TE: Tensor,
-    dweights_TK: Tensor,
-    logits_TE: Tensor,
-    scores_TE: Tensor,
-    weights_TK: Tensor,
-    expert_ids_TK: Tensor,
-    softmax: bool,
-    normalize: bool,
-) -> Tensor:
-    """The gradient of the logits."""
-    from fastmoe.kernels.triton import score
-
-    grads = (dscores_TE.contiguous(), dweights_TK.contiguous())
-    return score.score_topk_backward(
-        *grads, logits_TE.contiguous(), scores_TE, weights_TK, expert_ids_TK, softmax, normalize
-    )
-
-
-@score_topk_backward.register_fake
-def _(dscores_TE, dweights_TK, logits_TE, *rest):  # type: ignore[no-untyped-def]
-    return logits_TE.new_empty(logits_TE.shape)
-
-
-_refuse_double_backward(score_topk_backward)
-
-
-def _score_topk_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits_TE, _top_k, ctx.softmax, ctx.normalize = inputs
-    ctx.save_for_backward(logits_TE, *output)
-    ctx.mark_non_differentiable(output[2])
-
-
-def _score_topk_backward(ctx, dscores_TE: Tensor, dweights_TK: Tensor, _dids: Tensor | None):  # type: ignore[no-untyped-def]
-    return (
-        score_topk_backward(dscores_TE, dweights_TK, *ctx.saved_tensors, ctx.softmax, ctx.normalize),
-        None,
-        None,
-        None,
-    )
-
-
-score_topk.register_autograd(_score_topk_backward, setup_context=_score_topk_setup)

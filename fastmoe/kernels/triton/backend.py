@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmoe.kernels.contract import Plan
-from fastmoe.kernels.torch_ops import TorchBackend, ops
+from fastmoe.kernels.torch_ops import TorchBackend
+from fastmoe.kernels.triton import ops
 
 _MAX_EXPERTS = 4096
 _MAX_SCORED, _MAX_K = 1024, 16  # as in score.py, which imports Triton
