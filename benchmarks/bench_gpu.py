@@ -1,6 +1,7 @@
 """One GPU preset of `fastmoe bench`, with PyTorch alone: `python benchmarks/bench_gpu.py gpu-large --out FOLDER`.
 
-FOLDER/PRESET.json holds all that is measured so far, at any time. `--dry` rehearses it with toy shapes on a CPU.
+FOLDER/PRESET.json holds all that is measured so far, at any time. `--dry` rehearses it with toy shapes on a CPU, and
+writes FOLDER/PRESET-dry.json.
 """
 
 import argparse
@@ -10,6 +11,8 @@ from pathlib import Path
 from fastmoe.bench.presets import PRESETS, toy
 from fastmoe.bench.run import Settings, run, save
 from fastmoe.bench.targets import targets
+
+VERDICTS = {True: "met", False: "MISSED", None: "NOT MEASURED"}
 
 
 def main() -> int:
@@ -21,13 +24,14 @@ def main() -> int:
     parser.add_argument("--budget", type=float, help="seconds after which no other problem is begun")
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
-    name, path = arguments.preset, arguments.out / f"{arguments.preset}.json"
+    name = arguments.preset
+    path = arguments.out / f"{name}{'-dry' if arguments.dry else ''}.json"
     preset = toy(PRESETS[name]) if arguments.dry else PRESETS[name]
     rounds = 1 if arguments.dry else arguments.rounds
     settings = Settings(rounds, arguments.seconds, budget=arguments.budget, go_on=True, dry=arguments.dry)
 
     def keep(result: dict) -> None:
-        save(result | {"targets": targets(name, result)}, path)
+        save(result | {"targets": [] if arguments.dry else targets(name, result)}, path)
 
     def done(result: dict) -> None:
         keep(result)
@@ -37,9 +41,10 @@ def main() -> int:
     result = run(preset, settings, done)
     keep(result)
     for target in targets(name, result):
-        verdict = "rehearsed" if arguments.dry else "met" if target["met"] else "MISSED"
+        verdict = "rehearsed" if arguments.dry else VERDICTS[target["met"]]
+        value = "none" if target["value"] is None else f"{target['value']:.2f}"
         sign = ">=" if target["at_least"] else "<="
-        print(f"{verdict}: {target['what']}: {target['value']:.2f}, wanted {sign} {target['limit']:.2f}")
+        print(f"{verdict}: {target['what']}: {value}, wanted {sign} {target['limit']:.2f}")
     for word in ("skipped", "failed", "left"):
         for case in result[word]:
             print(f"{word}: {case['shape']} {case['dtype']} {case['activation']}: {case.get('reason', 'no time')}")

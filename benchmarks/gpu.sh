@@ -8,7 +8,7 @@ set -uo pipefail
 
 dry=
 [[ ${1:-} == --dry ]] && { dry=--dry; shift; }
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 out=$(realpath -m "${1:-$root/benchmarks/results}")
 if [[ -n $dry && $out/ == "$root"/benchmarks/results/* ]]; then
     echo "a dry run is no measurement: give it a folder other than benchmarks/results" >&2

@@ -22,7 +22,7 @@ def in_graph(build: Callable[[Problem], Contender]) -> Callable[[Problem], Conte
         if p.backward:
             raise RefusedError("in a graph forward alone is timed")
         contender = build(p)
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture does not put it back
             _warm_up(contender)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

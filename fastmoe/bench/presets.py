@@ -58,8 +58,8 @@ PRESETS = {
     ),
     "gpu-paper": Preset(
         shapes=tuple(
-            (4096, experts, 1024, 4096, min(2, experts)) for experts in (64, 8, 2, 4, 16, 32, 1, 512)
-        ),  # what matters first, what takes long last
+            (4096, experts, 1024, 4096, min(2, experts)) for experts in (64, 512, 8, 1, 2, 4, 16, 32)
+        ),  # those with a target first
         dtypes=("bfloat16", "float32"),
         activations=("relu",),
         contenders=("F.grouped_mm", "ModuleList loop", "brute-force loop"),
