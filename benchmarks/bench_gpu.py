@@ -48,7 +48,7 @@ def main() -> int:
     for word in ("skipped", "failed", "left"):
         for case in result[word]:
             print(f"{word}: {case['shape']} {case['dtype']} {case['activation']}: {case.get('reason', 'no time')}")
-    return int(bool(result["failed"] or result["skipped"]))
+    return int(bool(result["failed"] or result["skipped"] or result["left"]))
 
 
 def show(row: dict) -> None:

@@ -197,7 +197,7 @@ class MoE(nn.Module):
         if getattr(self.router, "needs_token_ids", False):
             ids_T = self._token_ids_of(x, token_ids)
         num_sequences = math.prod(x.shape[:-2])
-        return RoutingContext(mask_T, ids_T, num_sequences, processes)
+        return RoutingContext(mask_T, ids_T, num_sequences, processes, self.backend)
 
     def _token_ids_of(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
         ids = self.token_ids if token_ids is None else token_ids

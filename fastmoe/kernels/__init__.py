@@ -78,7 +78,9 @@ def grouped_mm(
     rows_NI, weight_EOI, bias_EO = _autocast(rows_NI, weight_EOI, bias_EO)
     _check_matrices(rows_NI, ("weight", weight_EOI, bias_EO))
     _check_experts(len(offsets_E), weight=weight_EOI)
-    return choose_backend(backend, "grouped_mm", rows_NI).grouped_mm(rows_NI, weight_EOI, bias_EO, offsets_E)
+    return choose_backend(backend, "grouped_mm", rows_NI, weight_EOI).grouped_mm(
+        rows_NI, weight_EOI, bias_EO, offsets_E
+    )
 
 
 def expert_mlp(
@@ -126,6 +128,9 @@ def expert_mlp(
     if w2.shape[1] != x_TD.shape[1]:
         raise ValueError(f"w2 must be (E, {x_TD.shape[1]}, H), got {tuple(w2.shape)}")
     _check_rows(plan, token_ids_N, weights_N)
+    if rows_per_token and len(token_ids_N) != len(x_TD) * rows_per_token:
+        rows = f"{len(x_TD)} tokens of {rows_per_token} rows each"
+        raise ValueError(f"rows_per_token={rows_per_token} means {rows}, got {len(token_ids_N)} rows")
     return choose_backend(backend, "expert_mlp", x_TD, w1, w2).expert_mlp(
         x_TD, token_ids_N, weights_N, plan, w1, b1, w2, b2, activation, rows_per_token
     )
@@ -175,8 +180,10 @@ def score_topk(
     """
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits must be (T, E) in float32 or float64, got {logits_TE.dtype} {tuple(logits_TE.shape)}")
-    if not 1 <= top_k <= logits_TE.shape[1]:
-        raise ValueError(f"top_k must be from 1 to E = {logits_TE.shape[1]}, got {top_k}")
+    if type(top_k) is not int or not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"top_k must be a whole number from 1 to E = {logits_TE.shape[1]}, got {top_k!r}")
+    if type(normalize) is not bool:
+        raise ValueError(f"normalize must be True or False, got {normalize!r}")
     if score_function not in ("softmax", "sigmoid"):
         raise unknown_name("score_function", score_function, ["softmax", "sigmoid"])
     chosen = choose_backend(backend, "score_topk", logits_TE, top_k)

@@ -44,7 +44,7 @@ class Backend(Protocol):
     def refuses(self, op: str, x: Tensor, *more: Any) -> str | None:
         """None if this backend can serve kernel `op` on tensors like `x`, else the reason why not.
 
-        `more`: for `plan` E, for `score_topk` K, for `expert_mlp` w1 and w2.
+        `more`: for `plan` E, for `score_topk` K, for `grouped_mm` the weight, for `expert_mlp` w1 and w2.
         """
         ...
 

@@ -18,12 +18,14 @@ class RoutingContext:
         num_sequences: the tokens are that many sequences of one length, one after another.
         processes: those that share this batch in training; in evaluation always this one alone, so that one process
             may evaluate while others do not.
+        backend: the layer's, for the router's own kernels.
     """
 
     token_mask_T: Tensor | None = None
     token_ids_T: Tensor | None = None
     num_sequences: int = 1
     processes: Processes = ALONE
+    backend: str = "auto"
 
     def counted(self, like_TE: Tensor) -> Tensor:
         """`(T,)` in the dtype of `like_TE`: 1 for tokens that count, 0 for padding."""

@@ -78,7 +78,7 @@ class TopKRouter(TokenChoiceRouter):
         logits_TE = self.proj(x_TD)
         if self._plain:
             scores_TE, weights_TK, expert_ids_TK = kernels.score_topk(
-                logits_TE, self.top_k, self.score_function, normalize=bool(self.normalize)
+                logits_TE, self.top_k, self.score_function, normalize=bool(self.normalize), backend=context.backend
             )
             losses = self._losses(logits_TE, scores_TE, expert_ids_TK, context)
             return self.routing(expert_ids_TK, weights_TK * self.scale, context, losses, scores_TE)

@@ -31,7 +31,7 @@ class Work:
         self.token_ids_N = torch.arange(T, device=device).repeat_interleave(K)
         plan = kernels.plan(ids_TK.reshape(-1), p.num_experts, backend="triton")
         self.offsets_E = plan.offsets_E
-        self.rows, _ = prepare(plan.order_N, plan.offsets_E, self.token_ids_N, weights_TK.reshape(-1), 128)
+        self.rows, _ = prepare(plan.order_N, plan.offsets_E, self.token_ids_N, weights_TK.reshape(-1), T, 128)
         self.tokens_TD = self._randn(T, D)
         width = p.outputs + p.inputs - D
         self.rows_N = self._randn(p.num_rows, width * (1 + p.gated) if p.kind == "backward" else width)

@@ -107,6 +107,15 @@ def passes(dtype: torch.dtype, quick: bool) -> None:
             whole_mlp(512, 8, 2, 256, 512, activation, dtype, False)
     with mock.patch.object(weight_grad, "num_processors", return_value=1):  # as if matrices were large: no pieces
         whole_mlp(512, 8, 2, 256, 512, "relu", dtype, True)
+    rows, weights, ends = (
+        torch.empty(640, 512, dtype=dtype),
+        torch.empty(4, 256, 512, dtype=dtype),
+        torch.zeros(4).int(),
+    )
+    bias, grads = torch.empty(4, 256, dtype=dtype), torch.empty(640, 256, dtype=dtype)
+    for given in (None, bias):
+        mlp.grouped_mm(rows, weights, given, ends)
+        mlp.grouped_mm_backward(grads, rows, weights, ends, [True, True, given is not None])
     rows, offsets, values = torch.arange(8), torch.zeros(2, dtype=torch.int32), torch.empty(8, 6, dtype=dtype)
     mlp.combine_rows(values, rows, torch.empty(8), rows, offsets, 8)
     mlp.combine_rows_backward(values, values, rows, torch.empty(8), rows, offsets, [True] * 2)

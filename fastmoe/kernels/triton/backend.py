@@ -13,6 +13,7 @@ from fastmoe.kernels.torch_ops import TorchBackend
 from fastmoe.kernels.triton import ops
 
 _MAX_EXPERTS = 4096
+_MAX_NUMBERS = 2**31 - 1  # places in one matrix are int32
 _MAX_SCORED, _MAX_K = 1024, 16  # as in score.py, which imports Triton
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +37,11 @@ class TritonBackend(TorchBackend):
             return (
                 _above("experts", x.shape[1], _MAX_SCORED) or _above("experts chosen", more[0], _MAX_K) or _float32(x)
             )
-        return f"it knows float32, bfloat16 and float16, got {x.dtype}" if x.dtype not in _DTYPES else None
+        if x.dtype not in _DTYPES:
+            return f"it knows float32, bfloat16 and float16, got {x.dtype}"
+        weights = more if op in ("grouped_mm", "expert_mlp") else ()
+        largest = max((w[0].numel() for w in weights if len(w)), default=0)
+        return _above("numbers in an expert's matrix", largest, _MAX_NUMBERS)
 
     def combine(self, rows_NO: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, num_tokens: int) -> Tensor:
         return ops.combine(rows_NO, weights_N, token_ids_N, plan.order_N, plan.offsets_E, num_tokens)

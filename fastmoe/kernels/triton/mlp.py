@@ -37,10 +37,10 @@ class _Grid:
         self.offsets_E, self.num_rows = offsets_E, num_rows
         self.made: dict[int, Tiles] = {}
 
-    def rows(self, order_N: Tensor, token_ids_N: Tensor, weights_N: Tensor, tile: Tile | None) -> Rows:
+    def rows(self, order_N: Tensor, token_ids_N: Tensor, weights_N: Tensor, num_tokens: int, tile: Tile | None) -> Rows:
         """The plan's rows; the tiles of `tile` come with them, in one launch."""
         height = 128 if tile is None else tile.rows
-        rows, self.made[height] = prepare(order_N, self.offsets_E, token_ids_N, weights_N, height)
+        rows, self.made[height] = prepare(order_N, self.offsets_E, token_ids_N, weights_N, num_tokens, height)
         return rows
 
     def tiles(self, tile: Tile) -> Tiles:
@@ -66,12 +66,13 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     """`(y_TD, pre_NW)`: the output, and the pre-activations in sorted order, empty unless `keep`."""
     x_TD, w1, b1, w2, b2 = contiguous(x_TD, w1, b1, w2, b2)
+    order_N, offsets_E = contiguous(order_N, offsets_E)
     N, gated = len(order_N), get_activation(activation).gated
     if N == 0:
         return torch.zeros_like(x_TD), x_TD.new_empty((0, w1.shape[1]) if keep else (0,))
     grid = _Grid(offsets_E, N)
     first = _tile("forward", x_TD, N, w1, gated, b1 is not None)
-    rows = grid.rows(order_N, token_ids_N, weights_N, first)
+    rows = grid.rows(order_N, token_ids_N, weights_N, len(x_TD), first)
     if first is not None and first.split == 1:
         hidden_NH, pre_NW = forward(x_TD, rows.token_N, w1, b1, activation, grid.tiles(first), first, keep)
     else:
@@ -110,6 +111,7 @@ def mlp_backward(
 ) -> list[Tensor | None]:
     """Gradients of x, weights, w1, b1, w2, b2, in this order; None where `needed` is False."""
     grad_TD, x_TD, w1, w2, b2 = contiguous(grad_TD, x_TD, w1, w2, b2)
+    order_N, offsets_E = contiguous(order_N, offsets_E)
     need_x, need_weights, need_w1, need_b1, need_w2, need_b2 = needed
     N = len(order_N)
     if N == 0:
@@ -121,7 +123,7 @@ def mlp_backward(
     dx = dweights = dw1 = db1 = dw2 = db2 = None
     grid = _Grid(offsets_E, N)
     tile = _tile("backward", x_TD, N, w2, get_activation(activation).gated)
-    rows = grid.rows(order_N, token_ids_N, weights_N, tile)
+    rows = grid.rows(order_N, token_ids_N, weights_N, len(x_TD), tile)
     need_pair = need_w2 or need_b2
     if tile is None:
         dhidden_NH = F.grouped_mm(_gather(grad_TD, rows), w2, offs=offsets_E)
@@ -170,7 +172,7 @@ def _gather(values_TD: Tensor, rows: Rows) -> Tensor:
 @on_its_device
 def grouped_mm(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, offsets_E: Tensor) -> Tensor:
     """`rows @ weight[e].T + bias[e]`, zero where a row is not computed."""
-    rows_NI, weight_EOI, bias_EO = contiguous(rows_NI, weight_EOI, bias_EO)
+    rows_NI, weight_EOI, bias_EO, offsets_E = contiguous(rows_NI, weight_EOI, bias_EO, offsets_E)
     tile = _tile("product", rows_NI, len(rows_NI), weight_EOI, bias=bias_EO is not None)
     if tile is None:
         out_NO = F.grouped_mm(rows_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
@@ -185,7 +187,7 @@ def grouped_mm_backward(
     grad_NO: Tensor, rows_NI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of rows, weight and bias."""
-    grad_NO, rows_NI, weight_EOI = contiguous(grad_NO, rows_NI, weight_EOI)
+    grad_NO, rows_NI, weight_EOI, offsets_E = contiguous(grad_NO, rows_NI, weight_EOI, offsets_E)
     N = len(rows_NI)
     drows = dweight = dbias = None
     if needed[0]:
@@ -222,7 +224,8 @@ def combine_rows(
     """Each token's weighted sum of its rows, `(T, O)`."""
     if len(rows_NO) == 0:
         return rows_NO.new_zeros(num_tokens, rows_NO.shape[1])
-    rows, _ = prepare(order_N, offsets_E, token_ids_N, weights_N, 128)
+    order_N, offsets_E = contiguous(order_N, offsets_E)
+    rows, _ = prepare(order_N, offsets_E, token_ids_N, weights_N, num_tokens, 128)
     lists = lists_of(token_ids_N, num_tokens, 0)
     parts_1NO = rows_NO.contiguous().unsqueeze(0)
     return combine(parts_1NO, rows.position_N, rows.weight_N, offsets_E, num_tokens, lists, rows_NO.dtype)
@@ -239,6 +242,7 @@ def combine_rows_backward(
     needed: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of rows and weights."""
-    rows, _ = prepare(order_N, offsets_E, token_ids_N, weights_N, 128)
+    order_N, offsets_E = contiguous(order_N, offsets_E)
+    rows, _ = prepare(order_N, offsets_E, token_ids_N, weights_N, len(grad_TO), 128)
     grad_TO, rows_NO = contiguous(grad_TO, rows_NO)
     return combine_backward(grad_TO, rows_NO, rows.token_N, rows.weight_N, order_N, offsets_E, weights_N.dtype, needed)

@@ -63,7 +63,7 @@ def _tile_slots(offsets, experts, starts, total, block, E, height, num_slots, AT
 @triton.jit
 def prepare_kernel(
     offsets, experts, starts, total, order, token_ids, weights, tokens, sorted_weights, positions,
-    N, E, height, num_slots, slot_programs,
+    N, T, E, height, num_slots, slot_programs,
     AT_LEAST_ONE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -72,30 +72,34 @@ def prepare_kernel(
     elif order is not None:
         i = (pid - slot_programs).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         n = tl.load(order + i, mask=i < N, other=0)
-        tl.store(tokens + i, tl.load(token_ids + n, mask=i < N, other=0).to(tl.int32), mask=i < N)
+        token = tl.load(token_ids + n, mask=i < N, other=0)
+        tl.device_assert((token >= 0) & (token < T), "a token id is out of range")
+        tl.store(tokens + i, token.to(tl.int32), mask=i < N)
         tl.store(sorted_weights + i, tl.load(weights + n, mask=i < N, other=0).to(tl.float32), mask=i < N)
         tl.store(positions + n, i.to(tl.int32), mask=i < N)
 
 
 def prepare(
-    order_N: Tensor, offsets_E: Tensor, token_ids_N: Tensor, weights_N: Tensor, height: int
+    order_N: Tensor, offsets_E: Tensor, token_ids_N: Tensor, weights_N: Tensor, num_tokens: int, height: int
 ) -> tuple[Rows, Tiles]:
-    """One launch for both."""
+    """One launch for both. A token id out of range stops the device, as PyTorch's own indexing does."""
     N = len(order_N)
+    if N and token_ids_N.device.type == "cpu" and not 0 <= token_ids_N.min() <= token_ids_N.max() < num_tokens:
+        raise ValueError(f"token ids must lie in 0..{num_tokens - 1}")  # the interpreter asserts nothing
     rows = Rows(
         order_N.new_empty(N, dtype=torch.int32),
         order_N.new_empty(N, dtype=torch.float32),
         order_N.new_empty(N, dtype=torch.int32),
     )
     tiles = _new_tiles(N, offsets_E, height, False)
-    _launch(tiles, False, order_N, token_ids_N.contiguous(), weights_N.contiguous(), rows)
+    _launch(tiles, False, order_N, token_ids_N.contiguous(), weights_N.contiguous(), rows, num_tokens)
     return rows, tiles
 
 
 def tiles_of(offsets_E: Tensor, num_rows: int, height: int, at_least_one: bool = False) -> Tiles:
     """The tiles alone; `at_least_one`: an expert without a row gets a tile too."""
     tiles = _new_tiles(num_rows, offsets_E, height, at_least_one)
-    _launch(tiles, at_least_one, None, None, None, None)
+    _launch(tiles, at_least_one, None, None, None, None, 0)
     return tiles
 
 
@@ -112,6 +116,7 @@ def _launch(
     token_ids_N: Tensor | None,
     weights_N: Tensor | None,
     rows: Rows | None,
+    num_tokens: int,
 ) -> None:
     E, num_slots, BLOCK_S, BLOCK_N = len(tiles.offsets_E), len(tiles.expert_S), 64, 512
     slot_programs = max(1, triton.cdiv(num_slots, BLOCK_S))
@@ -119,6 +124,6 @@ def _launch(
     made = (None,) * 3 if rows is None else (rows.token_N, rows.weight_N, rows.position_N)
     prepare_kernel[(slot_programs + triton.cdiv(N, BLOCK_N),)](
         tiles.offsets_E, tiles.expert_S, tiles.start_S, tiles.total_1, order_N, token_ids_N, weights_N, *made,
-        N, E, tiles.height, num_slots, slot_programs,
-        at_least_one, BLOCK_S, min(128, triton.next_power_of_2(E)), BLOCK_N,
+        N, num_tokens, E, tiles.height, num_slots, slot_programs,
+        at_least_one, BLOCK_S, min(128, triton.next_power_of_2(E)), BLOCK_N, debug=True, sanitize_overflow=False,
     )  # fmt: skip

@@ -4,6 +4,8 @@ Programs are persistent: as many as the GPU holds, each walking tiles `pid, pid 
 `prepare` made. `GROUP` row tiles are walked together, column by column, so that what they share stays in L2.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -257,4 +259,6 @@ def _fits_tma(tensor: Tensor, index: Tensor | None, tile: Tile) -> bool:
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+    """Of a contiguous tensor; a dimension of size 1 may have any stride, which a descriptor does not take."""
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.dim())]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block)

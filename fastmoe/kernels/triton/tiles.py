@@ -88,12 +88,14 @@ def default_tile(problem: Problem, name: str) -> Tile:
     """A tile by rule, for a GPU of family `name`: as large as registers and shared memory hold without spilling."""
     if name == "cpu":
         return Tile(16, 32, 16, group=2, split=2 if problem.kind == "product" and problem.num_rows <= 32 else 1)
-    large = name in ("sm80", "sm90", "sm100")  # shared memory
+    large = name in ("sm80", "sm90", "sm100", "sm103")  # shared memory
     wide = problem.dtype == torch.float32
-    tma = name in ("sm90", "sm100", "sm120") and not wide
+    tma = name in ("sm90", "sm100", "sm103", "sm120", "sm121") and not wide
     stages = 3 if name.startswith("sm") else 2
     if problem.kind == "weight":
-        return Tile(128, 256, 64, 8, 8, 5) if large and not wide else Tile(128, 128, 16 if wide else 32, 8, 8, stages)
+        if large and not wide and min(problem.outputs, problem.inputs) >= 64:
+            return Tile(128, 256, 64, 8, 8, 5)
+        return Tile(128, 128, 16 if wide else 32, 8, 8, stages)
     if problem.rows_per_expert <= 16:
         tile = Tile(16, 32 if problem.gated else 64, 128 if large and not wide else 64, 4, 4, stages, tma, 4)
         return replace(tile, split=_split(problem, tile))

@@ -161,10 +161,12 @@ def weight_grad(
     sums = a.new_empty((E, O)) if need_sums else None
     sums_pieces = a.new_empty((2 * slots, O), dtype=torch.float32) if need_sums else None
     even = O % tile.rows == 0 and I % tile.columns == 0
+    gathered = a_index is not None or b_index is not None
+    stages = tile.stages if gathered else max(2, tile.stages - 2)  # indices take two, operands then the rest
     weight_grad_kernel[(P * per_expert,)](
         a, a_index, b, b_index, row_weights, grad, sums, pieces, sums_pieces, *table, offsets_E, O, I, height,
         2 * slots, slots > 0, even, precision(a.dtype), tile.group, tile.rows, tile.columns, tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
     if slots:
         _add(pieces, grad, offsets_E, height)
