@@ -82,9 +82,12 @@ def test_bad_arguments():
     for args, message in [
         ((good[0], 2), r"logits must be \(T, E\) in float32 or float64, got torch.float32 \(4,\)"),
         ((good.bfloat16(), 2), r"logits must be \(T, E\) in float32 or float64, got torch.bfloat16 \(3, 4\)"),
-        ((good, 0), "top_k must be from 1 to E = 4, got 0"),
-        ((good, 5), "top_k must be from 1 to E = 4, got 5"),
+        ((good, 0), "top_k must be a whole number from 1 to E = 4, got 0"),
+        ((good, 5), "top_k must be a whole number from 1 to E = 4, got 5"),
+        ((good, 2.0), "top_k must be a whole number from 1 to E = 4, got 2.0"),
         ((good, 2, "softmaxx"), "unknown score_function 'softmaxx'. Did you mean 'softmax'"),
     ]:
         with pytest.raises(ValueError, match=message):
             kernels.score_topk(*args)
+    with pytest.raises(ValueError, match="normalize must be True or False, got 'stop_gradient'"):
+        kernels.score_topk(good, 2, normalize="stop_gradient")

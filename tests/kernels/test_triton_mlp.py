@@ -1,5 +1,7 @@
 """The routed MLP by Triton, against the reference: values and every gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import CASES, Case, assert_measured
@@ -39,9 +41,11 @@ def test_every_case_in_half_precision(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 def test_everything_with_everything(activation, name, dtype):
+    """With three times the tokens: the largest of a few errors is a matter of luck."""
+    case = replace(CASES[name], T=3 * CASES[name].T)
     for bias in (True, False):
         for per_token in (True, False):
-            assert_measured(*mlp_three_ways(CASES[name], activation, bias, dtype, per_token))
+            assert_measured(*mlp_three_ways(case, activation, bias, dtype, per_token))
 
 
 def test_more_experts_than_are_looked_up_at_once():
@@ -68,8 +72,9 @@ def test_activations_far_from_zero(activation, monkeypatch):
     exact = x.detach().double().requires_grad_()
     expected = kernels.activate(activation, exact)
     (exact_slope,) = torch.autograd.grad(expected.sum(), exact)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(slope.double(), exact_slope, rtol=1e-6, atol=2e-6)
+    rtol = 3e-7 if DEVICE.type == "cpu" else 1e-6  # a GPU's own exponential
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(slope.double(), exact_slope, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,7 +40,7 @@ class TritonBackend(TorchBackend):
         if x.dtype not in _DTYPES:
             return f"it knows float32, bfloat16 and float16, got {x.dtype}"
         weights = more if op in ("grouped_mm", "expert_mlp") else ()
-        largest = max((w[0].numel() for w in weights if len(w)), default=0)
+        largest = max([0, *(w.shape[1] * w.shape[2] for w in weights)])  # torch.compile knows no max of a generator
         return _above("numbers in an expert's matrix", largest, _MAX_NUMBERS)
 
     def combine(self, rows_NO: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, num_tokens: int) -> Tensor:
