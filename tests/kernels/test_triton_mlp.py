@@ -38,10 +38,10 @@ def test_every_case_in_half_precision(name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"width_one"}))
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 def test_everything_with_everything(activation, name, dtype):
-    """With three times the tokens: the largest of a few errors is a matter of luck."""
+    """With three times the tokens, and not of width one: the largest of a few errors is a matter of luck."""
     case = replace(CASES[name], T=3 * CASES[name].T)
     for bias in (True, False):
         for per_token in (True, False):
@@ -72,8 +72,9 @@ def test_activations_far_from_zero(activation, monkeypatch):
     exact = x.detach().double().requires_grad_()
     expected = kernels.activate(activation, exact)
     (exact_slope,) = torch.autograd.grad(expected.sum(), exact)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(slope.double(), exact_slope, rtol=1e-6, atol=2e-6)
+    rtol = 3e-7 if DEVICE.type == "cpu" else 1e-6  # a GPU's own exponential
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(slope.double(), exact_slope, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,8 +40,9 @@ def act_grad(z, KIND: tl.constexpr):
     elif KIND == "gelu":
         slope = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif KIND == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * z * (1 + 0.044715 * z * z))
-        slope = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+        u = 1.5957691216057308 * z * (1 + 0.044715 * z * z)
+        s = tl.sigmoid(u)
+        slope = s + z * s * tl.sigmoid(-u) * 1.5957691216057308 * (1 + 0.134145 * z * z)  # 1 - s would lose digits
     else:
         tl.static_assert(KIND == "silu")
         s = tl.sigmoid(z)
