@@ -35,7 +35,7 @@ def truth(work: Work) -> list[Tensor]:
 
 def _experts(work: Work) -> Iterator[slice]:
     """Each expert's rows."""
-    ends = work.offsets_E.tolist()
+    ends = work.grid.offsets_E.tolist()
     return map(slice, [0, *ends[:-1]], ends)
 
 

@@ -6,7 +6,17 @@ from helpers import CASES, assert_measured, run_with_grads
 
 pytest.importorskip("triton")
 
-from triton_cases import DEVICE, DTYPES, LARGE, assert_equal, moved, routed, three_ways, use_tile, with_own_strides
+from triton_cases import (
+    DEVICE,
+    DTYPES,
+    LARGE,
+    assert_equal,
+    assert_strides_do_not_matter,
+    moved,
+    routed,
+    three_ways,
+    use_tile,
+)
 
 from fastmoe import kernels
 from fastmoe.kernels.triton.tiles import Tile
@@ -101,16 +111,7 @@ def test_rows_past_the_last_expert_are_never_read(tile, monkeypatch):
 
 def test_strides_do_not_matter():
     through, tensors, upstream = inputs([5, 0, 6], 4, 18, 9, True, torch.float32)
-    tensors, upstream = moved(tensors), upstream.to(DEVICE)
-    strided = {name: t.requires_grad_() for name, t in with_own_strides(tensors).items()}
-    out = through("triton")(**strided)
-    got = torch.autograd.grad(out, list(strided.values()), with_own_strides({"": upstream})[""])
-    expected = run_with_grads(through("triton"), tensors, upstream)
-    assert_equal({"out": out, **dict(zip(strided, got, strict=True))}, expected)
-    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-    got = torch.autograd.grad(through("triton")(**leaves).sum(), list(leaves.values()))  # an expanded gradient
-    expected = run_with_grads(through("triton"), tensors, torch.ones_like(upstream))
-    assert_equal(dict(zip(leaves, got, strict=True)), {name: expected[name] for name in leaves})
+    assert_strides_do_not_matter(through("triton"), tensors, upstream)
 
 
 @pytest.mark.parametrize("frozen", [["rows"], ["weight"], ["bias"], ["rows", "weight"], ["weight", "bias"]])

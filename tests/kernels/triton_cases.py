@@ -76,3 +76,17 @@ def with_own_strides(tensors):
     strided = {name: t[..., ::2] for name, t in turned.items()}
     assert not any(t.is_contiguous() for t in strided.values())
     return strided
+
+
+def assert_strides_do_not_matter(function, tensors, upstream):
+    """The same bits from views as from what they show, and from an expanded upstream gradient."""
+    tensors, upstream = moved(tensors), upstream.to(DEVICE)
+    strided = {name: t.requires_grad_() for name, t in with_own_strides(tensors).items()}
+    out = function(**strided)
+    got = torch.autograd.grad(out, list(strided.values()), with_own_strides({"": upstream})[""])
+    expected = run_with_grads(function, tensors, upstream)
+    assert_equal({"out": out, **dict(zip(strided, got, strict=True))}, expected)
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    got = torch.autograd.grad(function(**leaves).sum(), list(leaves.values()))  # an expanded gradient
+    expected = run_with_grads(function, tensors, torch.ones_like(upstream))
+    assert_equal(dict(zip(leaves, got, strict=True)), {name: expected[name] for name in leaves})

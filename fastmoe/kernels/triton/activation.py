@@ -106,8 +106,8 @@ def store_activation_grads(
     dh, column, weight, pre, hidden, dpre, dots, rows, valid, N, H, KIND: tl.constexpr, GATED: tl.constexpr
 ):
     """From a tile of the gradient of the hidden activations, the `column`th of its width: that of the pre-activations,
-    the weighted hidden activations, and each row's share of `<hidden, dhidden>`, the gradient of its weight. What is
-    None is not stored."""
+    the weighted hidden activations, unless `hidden` is None, and each row's share of `<hidden, dhidden>`, the gradient
+    of its weight."""
     rows = rows.to(tl.int64)
     h = column * dh.shape[1] + tl.arange(0, dh.shape[1])
     mask = valid[:, None] & (h < H)[None, :]
@@ -115,15 +115,13 @@ def store_activation_grads(
     z = tl.load(pre + at, mask=mask, other=0).to(tl.float32)
     up = tl.load(pre + at + H, mask=mask, other=0).to(tl.float32) if GATED else z
     value, dz, dup = activation_grads(z, up, dh, weight, KIND, GATED)
-    if dots is not None:
-        tl.store(dots + tl.cast(column, tl.int64) * N + rows, tl.sum(value * dh, 1), mask=valid)
+    tl.store(dots + tl.cast(column, tl.int64) * N + rows, tl.sum(value * dh, 1), mask=valid)
     if hidden is not None:
         out = (value * weight[:, None]).to(hidden.dtype.element_ty)
         tl.store(hidden + rows[:, None] * H + h[None, :], out, mask=mask)
-    if dpre is not None:
-        tl.store(dpre + at, dz.to(dpre.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(dpre + at + H, dup.to(dpre.dtype.element_ty), mask=mask)
+    tl.store(dpre + at, dz.to(dpre.dtype.element_ty), mask=mask)
+    if GATED:
+        tl.store(dpre + at + H, dup.to(dpre.dtype.element_ty), mask=mask)
 
 
 def activate(
