@@ -8,6 +8,7 @@ from fastmoe.load_monitor import LoadMonitor
 from fastmoe.mmoe import MMoE
 from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, set_stats_group, stats
 from fastmoe.monitor import LayerLoad, LayerStats, LoadSnapshot, TaskStats
+from fastmoe.parallel import clip_grad_norm_, no_sync, parallelize
 from fastmoe.parameters import Summary, summary
 from fastmoe.routers import Router, Routing, register_router
 from fastmoe.token_ids import feed_token_ids
@@ -28,12 +29,15 @@ __all__ = [
     "Summary",
     "TaskStats",
     "backends",
+    "clip_grad_norm_",
     "collect_aux_losses",
     "empty_cache",
     "feed_token_ids",
     "kernels",
     "moe_layers",
     "moefy",
+    "no_sync",
+    "parallelize",
     "register_router",
     "routers",
     "set_aux_loss_scale",

@@ -1,10 +1,27 @@
-"""What routers and monitors may ask of the other processes: sums and gathered rows, nothing else."""
+"""What a layer may ask of the other processes: sums and gathered rows, nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class CollectiveError(RuntimeError):
+    """A collective operation failed: another process died, hangs, or took another way."""
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around a collective operation: what goes wrong there becomes a `CollectiveError`."""
+    try:
+        yield
+    except CollectiveError:
+        raise
+    except RuntimeError as error:
+        raise CollectiveError(f"an exchange with the other processes failed: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,8 @@ class Processes:
         if self.group is None:
             return x
         x = x.detach().clone()
-        dist.all_reduce(x, group=self.group)
+        with collective():
+            dist.all_reduce(x, group=self.group)
         return x
 
     def sum_for_loss(self, x: Tensor) -> Tensor:
@@ -42,12 +60,21 @@ class Processes:
         """
         return x if self.group is None else _SumForLoss.apply(x, self)
 
+    def sum_for_all(self, x: Tensor) -> Tensor:
+        """`x` summed over all processes, each of which computes the same with it: the gradient passes."""
+        return x if self.group is None else _SumForAll.apply(x, self)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """`x`, alike in all processes, each of which computes a part of what becomes of it: gradients are summed."""
+        return x if self.group is None else _Copy.apply(x, self)
+
     def gather(self, x: Tensor) -> Tensor:
         """Every process's `x`, which must have one shape everywhere, stacked by rank: `(size, *shape)`; no gradient."""
         if self.group is None:
             return x.detach().unsqueeze(0)
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.detach().contiguous(), group=self.group)
+        with collective():
+            dist.all_gather(parts, x.detach().contiguous(), group=self.group)
         return torch.stack(parts)
 
     def before(self, x: Tensor) -> Tensor:
@@ -76,9 +103,7 @@ ALONE = Processes()
 class _SumForLoss(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, processes: Processes) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=processes.group)
-        return x
+        return processes.sum(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -87,3 +112,31 @@ class _SumForLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return grad * ctx.size, None
+
+
+class _SumForAll(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, processes: Processes) -> Tensor:
+        return processes.sum(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, processes: Processes) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.processes = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return ctx.processes.sum(grad), None

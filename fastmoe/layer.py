@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastmoe import kernels
 from fastmoe._device import on_device
 from fastmoe._errors import check_int, unknown_name
-from fastmoe._processes import ALONE, Processes
-from fastmoe.dispatch import LocalDispatcher, from_slots, to_slots
+from fastmoe._processes import ALONE, CollectiveError, Processes
+from fastmoe.dispatch import AllToAllDispatcher, LocalDispatcher, RoutedRows, Slices, from_slots, to_slots
 from fastmoe.experts import (
     ActivationLike,
     ExpertLike,
@@ -107,7 +107,8 @@ class MoE(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating type, got {dtype}")
         self.backend, self.check = kernels.check_backend(backend), check
-        self.dispatcher = LocalDispatcher(backend)
+        self.dispatcher: LocalDispatcher | AllToAllDispatcher = LocalDispatcher(num_experts, backend)
+        self.slices: Slices | None = None
         self.aux_loss_scale: float | Tensor = 1.0
         self.last_stats: LayerStats | None = None
         self.loss_sink: LossSink | None = None
@@ -132,7 +133,7 @@ class MoE(nn.Module):
                     raise ValueError(
                         "d_hidden and dropout are for built-in experts: leave them out where expert= is given"
                     )
-                self.experts = ModuleExperts(build_experts(expert, num_experts)).to(device, dtype)
+                self.experts = ModuleExperts(build_experts(expert, num_experts), backend).to(device, dtype)
             self.shared: SharedExpert | None = None
             if check_int("shared_d_hidden", shared_d_hidden, 0):
                 self.shared = SharedExpert(d_model, shared_d_hidden, **mlp).to(device, dtype)
@@ -160,15 +161,25 @@ class MoE(nn.Module):
         Raises:
             ValueError: wrong width, dtype or mask; a router whose answer does not fit.
         """
-        x_TD, mask_T = self._flatten(x, token_mask)
+        self._check(x, token_mask)
+        ids = self._token_ids_of(x, token_ids) if getattr(self.router, "needs_token_ids", False) else None
+        if self.slices is None:
+            return self._forward(x, token_mask, ids)
+        whole = x.unsqueeze(0) if x.dim() == 1 else x
+        shape = whole.shape[:-1]
+        taken = [None if t is None else self.slices.take(t.view(shape)) for t in (token_mask, ids)]
+        y = self.slices.gather(self._forward(self.slices.take(whole), *taken), len(whole))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _forward(self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None) -> Tensor:
+        x_TD = x.reshape(-1, self.d_model)
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
             x_TD = torch.where(mask_T.unsqueeze(1), x_TD, 0)
         context = self._context(x, mask_T, token_ids)
         routing, entropy = self._route(x_TD, context)
-        if isinstance(routing, SoftRouting):
-            y_TO, offsets_E = self._compute_soft(x_TD, routing)
-        else:
-            y_TO, offsets_E = self._compute(x_TD, routing)
+        compute = self._compute_soft if isinstance(routing, SoftRouting) else self._compute
+        y_TO, offsets_E = self.experts.together(compute, x_TD, routing)
         if self.shared is not None:
             shared_TO = self.shared(x_TD)
             y_TO = y_TO + (shared_TO if mask_T is None else torch.where(mask_T.unsqueeze(1), shared_TO, 0))
@@ -178,24 +189,19 @@ class MoE(nn.Module):
             observer.observe(routing, offsets_E, mask_T)
         return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
-    def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _check(self, x: Tensor, token_mask: Tensor | None) -> None:
         if not x.is_floating_point():
             raise ValueError(f"x must be floating, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be (..., {self.d_model}), got {tuple(x.shape)}")
-        if token_mask is None:
-            return x.reshape(-1, self.d_model), None
-        if token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]:
+        if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"token_mask must be bool {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
             )
-        return x.reshape(-1, self.d_model), token_mask.reshape(-1)
 
     def _context(self, x: Tensor, mask_T: Tensor | None, token_ids: Tensor | None) -> RoutingContext:
         processes = Processes.of(self.stats_group) if self.training else ALONE
-        ids_T = None
-        if getattr(self.router, "needs_token_ids", False):
-            ids_T = self._token_ids_of(x, token_ids)
+        ids_T = None if token_ids is None else token_ids.reshape(-1)
         num_sequences = math.prod(x.shape[:-2])
         return RoutingContext(mask_T, ids_T, num_sequences, processes, self.backend)
 
@@ -212,14 +218,18 @@ class MoE(nn.Module):
             raise ValueError(
                 f"token_ids must be int64 {tuple(x.shape[:-1])}, one for each token; got {ids.dtype} {tuple(ids.shape)}"
             )
-        return ids.reshape(-1)
+        return ids.reshape(x.shape[:-1])
 
     def _route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Routing | SoftRouting, Tensor | None]:
         """The router's checked answer for all T tokens, and the mean entropy of its scores."""
         mask_T = context.token_mask_T
         routing: Routing | SoftRouting
         if getattr(self.router, "takes_context", False):
-            routing = self._checked(self.router(x_TD, context), len(x_TD))
+            try:
+                answer = self.router(x_TD, context)
+            except CollectiveError as error:
+                raise CollectiveError(f"{self.dispatcher.place()}: its router's {error}") from error
+            routing = self._checked(answer, len(x_TD))
             if mask_T is not None:
                 routing = routing.masked(mask_T)
         elif mask_T is None:
@@ -244,22 +254,20 @@ class MoE(nn.Module):
 
     def _compute(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """`(T, O)`, each token's weighted sum, and where each expert's rows ended, int32 `(E,)`."""
-        experts = self.experts
-        plan = kernels.plan(routing.expert_ids_N, self.num_experts, backend=self.backend)
         weights_N = self._hand_over_losses(routing)
-        if isinstance(experts, MLPExperts) and experts.fused:
-            y_TO = experts.routed(x_TD, routing.token_ids_N, weights_N, plan, routing.rows_per_token)
-        else:
-            sent = self.dispatcher.dispatch(x_TD, routing.token_ids_N, weights_N, plan)
-            y_TO = self.dispatcher.combine(experts(sent.rows_RD, sent.offsets_e), sent)
-        return y_TO, plan.offsets_E
+        rows = RoutedRows(routing.token_ids_N, routing.expert_ids_N, weights_N, routing.rows_per_token)
+        return self.dispatcher.run(x_TD, rows, self.experts.mix)
 
     def _compute_soft(self, x_TD: Tensor, routing: SoftRouting) -> tuple[Tensor, Tensor]:
         """As `_compute`; every expert computes all its slots."""
-        rows_RD = to_slots(x_TD, routing.dispatch_BSL, self.num_experts)
-        ends_E = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=x_TD.device)
-        offsets_E = ends_E * (len(rows_RD) // self.num_experts)
-        return from_slots(self.experts(rows_RD, offsets_E), routing.combine_BSL, self.num_experts), offsets_E
+        slots_LD = to_slots(x_TD, routing.dispatch_BSL, self.num_experts)
+        numbers_L = torch.arange(len(slots_LD), device=x_TD.device)
+        expert_ids_L = numbers_L // max(len(slots_LD) // self.num_experts, 1)
+        ones_L = torch.ones(len(slots_LD), dtype=kernels.accumulation_dtype(x_TD.dtype), device=x_TD.device)
+        y_LO, offsets_E = self.dispatcher.run(
+            slots_LD, RoutedRows(numbers_L, expert_ids_L, ones_L, 1), self.experts.mix
+        )
+        return from_slots(y_LO, routing.combine_BSL, self.num_experts), offsets_E
 
     def _hand_over_losses(self, routing: Routing) -> Tensor:
         """The routing weights, with the balance losses attached unless a sink takes them."""

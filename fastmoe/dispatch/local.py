@@ -1,5 +1,6 @@
-"""Dispatch within one process: a permutation."""
+"""Where routed rows go to be computed, and the dispatcher of one process: a permutation, nothing travels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -7,39 +8,38 @@ from torch import Tensor
 from fastmoe import kernels
 from fastmoe.kernels import Plan
 
+# (x_TD, token_ids_N, weights_N, plan, rows_per_token) -> each token's weighted sum of what the experts here make of it
+Compute = Callable[[Tensor, Tensor, Tensor, Plan, int], Tensor]
+
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Rows where their experts live, and what is needed to bring results back.
+class RoutedRows:
+    """Which tokens go to which experts, as in a `Routing`.
 
     Attributes:
-        rows_RD: rows sorted by expert.
-        offsets_e: int32, where each expert's rows end.
-        plan: the plan that sorted them.
-        token_ids_N, weights_N: of the routed rows, in the router's order.
-        num_tokens: T.
+        token_ids_N: int64, the token of each row.
+        expert_ids_N: int64, its expert in the whole layer; -1 goes nowhere.
+        weights_N: floating, the weight of the expert's output in the token's sum.
+        rows_per_token: K if rows stand token by token, K for each; else 0.
     """
 
-    rows_RD: Tensor
-    offsets_e: Tensor
-    plan: Plan
     token_ids_N: Tensor
+    expert_ids_N: Tensor
     weights_N: Tensor
-    num_tokens: int
+    rows_per_token: int = 0
 
 
 class LocalDispatcher:
-    """Every expert lives in this process. Dropped rows come last and are computed by none."""
+    """Every expert lives in this process."""
 
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
+    def __init__(self, num_experts: int, backend: str = "auto") -> None:
+        self.num_experts, self.backend = num_experts, backend
 
-    def dispatch(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan) -> Dispatched:
-        rows_RD = x_TD.index_select(0, token_ids_N[plan.order_N])
-        return Dispatched(rows_RD, plan.offsets_E, plan, token_ids_N, weights_N, len(x_TD))
+    def run(self, x_TD: Tensor, rows: RoutedRows, compute: Compute) -> tuple[Tensor, Tensor]:
+        """`(T, O)`, each token's weighted sum, and where each expert's rows ended, int32 `(E,)`."""
+        plan = kernels.plan(rows.expert_ids_N, self.num_experts, backend=self.backend)
+        return compute(x_TD, rows.token_ids_N, rows.weights_N, plan, rows.rows_per_token), plan.offsets_E
 
-    def combine(self, rows_RO: Tensor, sent: Dispatched) -> Tensor:
-        """Weighted sum of each token's rows, `(T, O)`."""
-        return kernels.combine(
-            rows_RO, sent.token_ids_N, sent.weights_N, sent.plan, sent.num_tokens, backend=self.backend
-        )
+    def place(self) -> str:
+        """Words for an error: which layer, in which pass."""
+        return "an MoE layer"

@@ -1,7 +1,8 @@
 """Experts: rows grouped by expert in, rows out. They know nothing of routing."""
 
+from fastmoe.experts.base import Experts
 from fastmoe.experts.dense import DenseExperts, DenseModules
-from fastmoe.experts.mlp import ActivationLike, MLPExperts, check_activation, check_dropout
+from fastmoe.experts.mlp import ActivationLike, MLPExperts, check_activation, check_dropout, is_gated
 from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts, build_modules
 from fastmoe.experts.reset import reset_where_possible
 from fastmoe.experts.shared import SharedExpert
@@ -11,6 +12,7 @@ __all__ = [
     "DenseExperts",
     "DenseModules",
     "ExpertLike",
+    "Experts",
     "MLPExperts",
     "ModuleExperts",
     "SharedExpert",
@@ -18,5 +20,6 @@ __all__ = [
     "build_modules",
     "check_activation",
     "check_dropout",
+    "is_gated",
     "reset_where_possible",
 ]

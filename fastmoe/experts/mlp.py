@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from fastmoe import kernels
 from fastmoe._errors import check_int
+from fastmoe.experts.base import Experts
 from fastmoe.experts.reset import reset_where_possible
 from fastmoe.kernels import Plan
 
 ActivationLike = str | Callable[[Tensor], Tensor]
 
 
-class MLPExperts(nn.Module):
+class MLPExperts(Experts):
     """E experts `w2 act(w1 x + b1) + b2`; gated: `w2 (act(g) * u) + b2` with `[g; u] = w1 x + b1`.
 
     Args:
@@ -43,12 +44,11 @@ class MLPExperts(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_experts, self.d_model = num_experts, d_model
+        super().__init__(num_experts, backend)
+        self.d_model = d_model
         self.d_hidden = check_int("d_hidden", d_hidden, 1)
         self.activation = check_activation(activation)
         self.dropout = check_dropout(dropout)
-        self.backend = kernels.check_backend(backend)
         width = d_hidden * (1 + is_gated(activation))
 
         def empty(*shape: int) -> nn.Parameter:
@@ -75,40 +75,51 @@ class MLPExperts(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether `routed` computes what `forward` computes, in one kernel call."""
+        """Whether one kernel call computes the whole routed MLP."""
         return isinstance(self.activation, str) and not (self.training and self.dropout)
 
-    def routed(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
-        """Gather, compute and combine at once: `(T, D)`. Only where `fused`."""
+    def _mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
+        if not self.fused:
+            return super()._mix(x_TD, token_ids_N, weights_N, plan, rows_per_token)
         assert isinstance(self.activation, str)
+        w1, b1, w2, b2 = self.matrices()
         return kernels.expert_mlp(
             x_TD,
             token_ids_N,
             weights_N,
             plan,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
+            w1,
+            b1,
+            w2,
+            b2,
             activation=self.activation,
             rows_per_token=rows_per_token,
             backend=self.backend,
         )
 
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """w1, b1, w2, b2 of the experts here, as plain tensors; of `b2` this process's share of the sum."""
+        w1, b1, w2, b2 = (_local(p) for p in (self.w1, self.b1, self.w2, self.b2))
+        assert w1 is not None
+        assert w2 is not None
+        return w1, b1, w2, b2 if b2 is None or self.tp.size == 1 else _Share.apply(b2, 1 / self.tp.size)
+
     def forward(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert in, rows out, `(N, D)`; rows past the last offset give zeros."""
-        pre_NH = kernels.grouped_mm(rows_ND, self.w1, offsets_E, self.b1, backend=self.backend)
+        w1, b1, w2, b2 = self.matrices()
+        pre_NH = kernels.grouped_mm(rows_ND, w1, offsets_E, b1, backend=self.backend)
         if isinstance(self.activation, str):
             hidden_NH = kernels.activate(self.activation, pre_NH)
         else:
             hidden_NH = self.activation(pre_NH)
         hidden_NH = F.dropout(hidden_NH, self.dropout, self.training)
-        return kernels.grouped_mm(hidden_NH, self.w2, offsets_E, self.b2, backend=self.backend)
+        return kernels.grouped_mm(hidden_NH, w2, offsets_E, b2, backend=self.backend)
 
     def parameters_per_expert(self) -> list[int]:
         """How many parameters each expert has."""
         stacked = [p for p in (self.w1, self.b1, self.w2, self.b2) if p is not None]
-        return [sum(p[0].numel() for p in stacked)] * self.num_experts
+        split = self.tp.size
+        return [sum(p[0].numel() * (1 if p is self.b2 else split) for p in stacked)] * self.num_experts
 
     def extra_repr(self) -> str:
         return (
@@ -137,3 +148,24 @@ def check_dropout(dropout: float) -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
     return float(dropout)
+
+
+def _local(parameter: nn.Parameter | None) -> Tensor | None:
+    """The experts here of a parameter that is a DTensor over all of them; any other as it is."""
+    return parameter if parameter is None or not hasattr(parameter, "to_local") else parameter.to_local()
+
+
+class _Share(torch.autograd.Function):
+    """A process's share of what is added once for all; the gradient is that of the whole."""
+
+    @staticmethod
+    def forward(b2: Tensor, share: float) -> Tensor:
+        return b2 * share
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad, None

@@ -8,23 +8,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoe.experts.base import Experts
 from fastmoe.experts.reset import reset_where_possible
 
 ExpertLike = nn.Module | Callable[[], nn.Module] | Sequence[nn.Module | Callable[[], nn.Module]]
 
 
-class ModuleExperts(nn.Module):
+class ElsewhereExpert(nn.Module):
+    """Stands where an expert would stand that another process holds."""
+
+
+class ModuleExperts(Experts):
     """Experts that are modules of their own; expert e is `modules_list[e]`, called with the rows it was sent.
 
     Args:
         modules: E modules, each `(rows, d_model) -> (rows, d_out)`, with one d_out for all.
     """
 
-    fused = False
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()
+    def __init__(self, modules: Sequence[nn.Module], backend: str = "auto") -> None:
+        super().__init__(len(modules), backend)
         self.modules_list = nn.ModuleList(modules)
+        self._sizes: list[int] | None = None
+
+    def keep(self, held: range) -> None:
+        """Leave all experts but these to other processes.
+
+        Raises:
+            ValueError: an expert that stays shares a parameter with one that goes.
+        """
+        users: dict[nn.Parameter, set[int]] = {}
+        for e, module in enumerate(self.modules_list):
+            for parameter in module.parameters():
+                users.setdefault(parameter, set()).add(e)
+        for shared in users.values():
+            if not shared <= set(held) and shared & set(held):
+                raise ValueError(
+                    f"experts {sorted(shared)} share a parameter, so one process must hold them all; "
+                    f"this one is to hold {list(held)}"
+                )
+        self._sizes = self.parameters_per_expert()
+        for e in range(self.num_experts):
+            if e not in held:
+                self.modules_list[e] = ElsewhereExpert()
+        self.held = held
 
     def reset_parameters(self) -> None:
         """Initialise every expert anew where it can: each part that has `reset_parameters`."""
@@ -39,14 +65,14 @@ class ModuleExperts(nn.Module):
         outputs: list[Tensor] = []
         unused: list[nn.Parameter] = []
         start = 0
-        for e, end in enumerate(offsets_E.tolist()):
+        for e, end in zip(self.held, offsets_E.tolist(), strict=True):
             if end > start:
                 outputs.append(self._call(e, rows_ND[start:end], outputs))
             else:
                 unused += [p for p in self.modules_list[e].parameters() if p.requires_grad]
             start = end
         if not outputs:
-            outputs.append(self.modules_list[0](rows_ND[:0]))
+            outputs.append(self.modules_list[self.held.start](rows_ND[:0]))
         rows_NO = F.pad(torch.cat(outputs), (0, 0, 0, len(rows_ND) - start))
         return _ZeroGrad.apply(rows_NO, *unused)
 
@@ -71,6 +97,8 @@ class ModuleExperts(nn.Module):
 
     def parameters_per_expert(self) -> list[int]:
         """How many parameters each expert has of its own; those that several experts share are left out."""
+        if self._sizes is not None:
+            return self._sizes
         users = Counter(param for module in self.modules_list for param in module.parameters())
         return [sum(p.numel() for p in module.parameters() if users[p] == 1) for module in self.modules_list]
 

@@ -1,0 +1,112 @@
+"""Expert parallelism: rows travel to the process that holds their expert, and results travel back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmoe import kernels
+from fastmoe._errors import check_int
+from fastmoe.dispatch.exchange import Flight
+from fastmoe.dispatch.local import Compute, RoutedRows
+from fastmoe.dispatch.parcels import Parcel, pack_rows
+from fastmoe.dispatch.spread import Spread
+from fastmoe.dispatch.suppression import pack_tokens
+
+
+class AllToAllDispatcher:
+    """Sends each routed row to the process that holds its expert, uneven and unpadded, and brings the result back.
+
+    FastMoE (He et al. 2021, 2103.13262), section 4. The numbers of rows are exchanged first, once; on a GPU to learn
+    them waits for the device. Every process of the group must run the layer equally often, also without tokens.
+
+    Args:
+        spread: which experts live where.
+        chunks: tokens are split into so many parts; one part's rows travel while another's are computed. The same
+            number on every process.
+        suppress_duplicates: a token that goes to several experts of one process travels there once, and their
+            weighted outputs come back summed.
+        backend: of the kernels that sort and combine.
+        name: of the layer, for errors.
+    """
+
+    def __init__(
+        self,
+        spread: Spread,
+        *,
+        chunks: int = 1,
+        suppress_duplicates: bool = False,
+        backend: str = "auto",
+        name: str = "",
+    ) -> None:
+        self.spread, self.chunks = spread, check_int("chunks", chunks, 1)
+        self.suppress_duplicates, self.backend, self.name = suppress_duplicates, backend, name
+        self.passes = 0
+
+    @torch.compiler.disable
+    def run(self, x_TD: Tensor, rows: RoutedRows, compute: Compute) -> tuple[Tensor, Tensor]:
+        """As of a `LocalDispatcher`; `compute` gets the rows that came here and the experts that live here.
+
+        Raises:
+            CollectiveError: another process died or hangs; names the layer and the pass.
+        """
+        self.passes += 1
+        pack = pack_tokens if self.suppress_duplicates else pack_rows
+        parcels, counts_E = pack(x_TD, rows, self.spread, self.chunks, self.place(), self.backend)
+        y_NO = self._pipeline(x_TD, parcels, compute)
+        y_TO = parcels[0].combine(y_NO, len(x_TD))
+        return y_TO, counts_E.cumsum(0).to(torch.int32)
+
+    def _pipeline(self, x_TD: Tensor, parcels: Sequence[Parcel], compute: Compute) -> Tensor:
+        """Every parcel's results, one after another.
+
+        A parcel is sent before the one ahead of it is computed, and results are waited for before the next are sent:
+        at most one exchange is under way each way, and backward, which takes the steps in reverse, overlaps alike.
+        """
+        results: list[Tensor] = []
+        back: Flight | None = None
+        going = parcels[0].send(x_TD)
+        for parcel, following in zip(parcels, [*parcels[1:], None], strict=True):
+            buffer_RD, ticket = going.finish()
+            if following is not None:
+                going = following.send(x_TD)
+            y_RO = self._compute(parcel, buffer_RD, compute)
+            if back is not None:
+                results.append(back.finish()[0])
+            back = parcel.back.start(y_RO, after=ticket)
+        assert back is not None
+        results.append(back.finish()[0])
+        return torch.cat(results) if len(results) > 1 else results[0]
+
+    def _compute(self, parcel: Parcel, buffer_RD: Tensor, compute: Compute) -> Tensor:
+        spread, rows, y_RO = self.spread, parcel.rows, buffer_RD[:, :0]
+        size = spread.processes.size
+        if spread.held:
+            plan = kernels.plan(rows.expert_ids_N, len(spread.held), backend=self.backend)
+            x_RD, weights_N = (_ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
+            y_RO = compute(x_RD, rows.token_ids_N, weights_N, plan, rows.rows_per_token)
+            y_RO = _ScaleGradient.apply(y_RO, 1 / size)
+        if 0 not in spread.sizes_P:
+            return y_RO
+        width = spread.processes.gather(torch.tensor(y_RO.shape[1], device=y_RO.device)).max()
+        return y_RO if spread.held else y_RO.new_zeros(0, int(width))
+
+    def place(self) -> str:
+        """Words for an error: which layer, in which pass."""
+        return f"MoE layer {self.name!r}, forward pass {self.passes}"
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity; the gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad * ctx.factor, None

@@ -1,0 +1,68 @@
+"""Whether all processes are about to build the same thing; found out before anything can hang."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import nn
+
+from fastmoe.model import moe_layers
+from fastmoe.parallel.layout import Layout
+
+
+def check_agreement(model: nn.Module, layout: Layout, options: dict[str, object]) -> None:
+    """Every process calls it with its own model, before that is sharded.
+
+    Raises:
+        ValueError: on every process, if one differs from the first; names the processes and the difference.
+    """
+    own = describe(model, layout, options)
+    mine = (dist.get_rank(), hashlib.sha256("\n".join(own).encode()).hexdigest())
+    everyone = _gather(mine, layout)
+    if len({digest for _, digest in everyone}) == 1:
+        return
+    descriptions = dict(_gather((mine[0], own), layout))
+    first = min(descriptions)
+    for rank in sorted(descriptions):
+        difference = first_difference(descriptions[first], descriptions[rank])
+        if difference is not None:
+            here, there = difference
+            raise ValueError(
+                f"all processes must parallelize the same model in the same way; process {first} has {here}, "
+                f"process {rank} has {there}"
+            )
+
+
+def describe(model: nn.Module, layout: Layout, options: dict[str, object]) -> list[str]:
+    """Everything in which processes must not differ, one fact a line."""
+    lines = [f"a mesh of {layout}", *(f"{name}={value!r}" for name, value in options.items())]
+    for name, layer in moe_layers(model).items():
+        lines.append(
+            f"an MoE layer {name!r} of {layer.num_experts} experts, top_k={layer.top_k}, {layer.router}, "
+            f"{type(layer.experts).__name__}"
+        )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            frozen = "" if tensor.requires_grad or kind == "buffer" else ", frozen"
+            lines.append(f"{kind} {name!r} {tuple(tensor.shape)} {tensor.dtype}{frozen}")
+    return lines
+
+
+def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:
+    """The first lines in which two descriptions differ."""
+    end = "no more parameters"
+    for i in range(max(len(one), len(other))):
+        lines = tuple(lines[i] if i < len(lines) else end for lines in (one, other))
+        if lines[0] != lines[1]:
+            return lines[0], lines[1]
+    return None
+
+
+def _gather(value: tuple, layout: Layout) -> list:
+    """Over all processes where the mesh has all, else over those that share a batch."""
+    group = None if layout.mesh.size() == dist.get_world_size() or layout.batch is None else layout.batch.get_group()
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered

@@ -1,0 +1,146 @@
+"""What keeps replicas alike: PyTorch's `DistributedDataParallel`, or its `fully_shard`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmoe.experts import MLPExperts
+from fastmoe.model import moe_layers
+from fastmoe.parallel.layout import Layout
+from fastmoe.parallel.shard import expert_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass
+class Parallel:
+    """What `parallelize` made of a model; its attribute `fastmoe_parallel`."""
+
+    layout: Layout
+    engine: str
+    replicas: list[Replicas] = field(default_factory=list)
+
+
+class Replicas:
+    """`DistributedDataParallel` over some parameters of a model, in place: no wrapper, names stay as they are.
+
+    It is made at the first forward pass, when a model built on the meta device has its memory.
+    """
+
+    def __init__(self, experts: bool, group: ProcessGroup, options: dict[str, Any]) -> None:
+        self.experts, self.group, self.options = experts, group, options
+        self.ddp: DistributedDataParallel | None = None
+        self.synchronise = True
+        self.idle = False
+
+    def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.ddp is None and not self.idle:
+            own = [p for p in parameters_of(model, experts=self.experts) if p.requires_grad and p.numel()]
+            self.idle = not own
+            if own:
+                self.ddp = DistributedDataParallel(nn.ParameterList(own), process_group=self.group, **self.options)
+        if self.ddp is None:
+            return None
+        self.ddp.require_backward_grad_sync = self.synchronise
+        return self.ddp._pre_forward(*args, **kwargs)
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        return None if self.ddp is None else self.ddp._post_forward(output)
+
+
+def parameters_of(model: nn.Module, *, experts: bool) -> list[nn.Parameter]:
+    """The parameters of the routed experts, or all others; each once."""
+    routed = {p for layer in moe_layers(model).values() for p in expert_parameters(layer).values()}
+    return [p for p in model.parameters() if (p in routed) == experts]
+
+
+def use_ddp(model: nn.Module, parallel: Parallel, options: dict[str, Any]) -> None:
+    """Dense parameters over the whole batch's processes, experts over their replicas."""
+    layout = parallel.layout
+    for mesh, experts in ((layout.batch, False), (layout.replicas, True)):
+        if mesh is not None and mesh.size() > 1:
+            replicas = Replicas(experts, mesh.get_group(), options)
+            model.register_forward_pre_hook(replicas.before, with_kwargs=True)
+            model.register_forward_hook(replicas.after)
+            parallel.replicas.append(replicas)
+
+
+def use_fsdp(model: nn.Module, parallel: Parallel, blocks: Sequence[type[nn.Module]], options: dict[str, Any]) -> None:
+    """Each layer's experts over their replicas, the rest over all processes; `blocks` are sharded one by one."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    layout = parallel.layout
+    assert layout.batch is not None
+    apart: set[nn.Parameter] = set()
+    for layer in moe_layers(model).values():
+        if layout.replicas is None:
+            apart.update(expert_parameters(layer).values())
+            continue
+        for shared in layer.experts.children():  # a module given as activation
+            if isinstance(layer.experts, MLPExperts) and list(shared.parameters()):
+                fully_shard(shared, mesh=layout.batch, **options)
+        fully_shard(layer.experts, mesh=layout.replicas, **options)
+        register_fsdp_forward_method(layer.experts, "together")
+    for module in _outer(model, tuple(blocks)):
+        fully_shard(module, mesh=layout.batch, ignored_params=apart, **options)
+    fully_shard(model, mesh=layout.batch, ignored_params=apart, **options)
+
+
+def _outer(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    return [module for module in model.modules() if module is not model and isinstance(module, kinds)]
+
+
+def broadcast(tensors: Iterable[Tensor], mesh: DeviceMesh | None) -> None:
+    """The first process's values to all, so that replicas start alike."""
+    if mesh is None or mesh.size() == 1:
+        return
+    for tensor in tensors:
+        if not tensor.is_meta and tensor.numel():
+            dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Inside this context backward adds up gradients and does not synchronise them: for gradient accumulation.
+
+    ```
+    for i, batch in enumerate(micro_batches):
+        with fastmoe.no_sync(model) if i + 1 < len(micro_batches) else contextlib.nullcontext():
+            (loss_of(model, batch) / len(micro_batches)).backward()
+    ```
+
+    As with `DistributedDataParallel.no_sync`, the forward pass must be inside too.
+
+    Raises:
+        ValueError: the model was not given to `fastmoe.parallelize`.
+    """
+    parallel = find_parallel(model)
+    if parallel is None:
+        raise ValueError(f"{type(model).__name__} is not parallel: call fastmoe.parallelize(model, mesh) first")
+    set_sync(model, parallel, False)
+    try:
+        yield
+    finally:
+        set_sync(model, parallel, True)
+
+
+def set_sync(model: nn.Module, parallel: Parallel, on: bool) -> None:
+    for replicas in parallel.replicas:
+        replicas.synchronise = on
+    if parallel.engine == "fsdp":
+        model.set_requires_gradient_sync(on)  # type: ignore[operator]
+
+
+def find_parallel(model: nn.Module) -> Parallel | None:
+    """What `parallelize` made of the model, or of one that it wraps; None if nothing."""
+    found = (getattr(module, "fastmoe_parallel", None) for module in model.modules())
+    return next((one for one in found if isinstance(one, Parallel)), None)

@@ -1,0 +1,85 @@
+"""`Layout`: the dimensions of a DeviceMesh, and the groups of processes that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from fastmoe._errors import check_choice
+from fastmoe._processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+DIMENSIONS = ("dp", "ep", "tp")
+TENSOR_PARALLEL = ("hidden", "slice")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what.
+
+    Attributes:
+        mesh: of dimensions named from dp, ep, tp, in this order.
+        tp: "hidden": the processes of a tp group hold the same tokens, and each a part of every expert's hidden width;
+            "slice": they hold the same tokens, each routes a slice of them, and experts are spread over ep and tp.
+    """
+
+    mesh: DeviceMesh
+    tp: str = "hidden"
+
+    def __post_init__(self) -> None:
+        names = self.mesh.mesh_dim_names or ()
+        expected = tuple(name for name in DIMENSIONS if name in names)
+        if not names or names != expected:
+            raise ValueError(
+                f"the mesh must have dimensions named from dp, ep, tp, in this order; got {names or 'no names'}: "
+                "init_device_mesh(device_type, shape, mesh_dim_names=...)"
+            )
+        check_choice("tp", self.tp, TENSOR_PARALLEL)
+        if self.mesh.get_coordinate() is None:
+            raise ValueError(f"process {dist.get_rank()} is not in the mesh {self.mesh}")
+
+    def __str__(self) -> str:
+        sizes = zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)
+        return ", ".join(f"{name}={size}" for name, size in sizes)
+
+    def size(self, name: str) -> int:
+        """Processes along a dimension; 1 where the mesh has none of that name."""
+        names = self.mesh.mesh_dim_names or ()
+        return self.mesh.size(names.index(name)) if name in names else 1
+
+    def over(self, *names: str) -> DeviceMesh | None:
+        """The mesh of one dimension over these of its dimensions; None where it has none of them."""
+        found = tuple(name for name in names if name in (self.mesh.mesh_dim_names or ()))
+        if not found:
+            return None
+        part = self.mesh[found]
+        return part if len(found) == 1 else part._flatten("_".join(found))
+
+    @property
+    def replicas(self) -> DeviceMesh | None:
+        """Processes that hold the same experts."""
+        return self.over("dp")
+
+    @property
+    def experts(self) -> DeviceMesh | None:
+        """Processes that the experts are spread over."""
+        return self.over("ep", "tp") if self.tp == "slice" else self.over("ep")
+
+    @property
+    def batch(self) -> DeviceMesh | None:
+        """Processes whose batches make up the whole batch."""
+        return self.over("dp", "ep", "tp") if self.tp == "slice" else self.over("dp", "ep")
+
+    @property
+    def same_tokens(self) -> DeviceMesh | None:
+        """Processes that hold the same tokens."""
+        return self.over("tp")
+
+
+def processes_of(mesh: DeviceMesh | None) -> Processes:
+    """The processes of a mesh of one dimension; those of None are this one alone."""
+    return Processes() if mesh is None else Processes.of(mesh.get_group())
