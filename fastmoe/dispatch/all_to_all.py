@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoe import kernels
@@ -12,6 +13,7 @@ from fastmoe.dispatch.local import Compute, RoutedRows
 from fastmoe.dispatch.parcels import Parcel, pack_rows
 from fastmoe.dispatch.spread import Spread
 from fastmoe.dispatch.suppression import pack_tokens
+from fastmoe.kernels import Plan
 
 
 class AllToAllDispatcher:
@@ -42,9 +44,9 @@ class AllToAllDispatcher:
         self.spread, self.chunks = spread, check_int("chunks", chunks, 1)
         self.suppress_duplicates, self.backend, self.name = suppress_duplicates, backend, name
         self.passes = 0
+        self.run = torch.compiler.disable(self._run)  # compiled code calls it as it is
 
-    @torch.compiler.disable
-    def run(self, x_TD: Tensor, rows: RoutedRows, compute: Compute) -> tuple[Tensor, Tensor]:
+    def _run(self, x_TD: Tensor, rows: RoutedRows, compute: Compute) -> tuple[Tensor, Tensor]:
         """As of a `LocalDispatcher`; `compute` gets the rows that came here and the experts that live here.
 
         Raises:
@@ -79,17 +81,16 @@ class AllToAllDispatcher:
         return torch.cat(results) if len(results) > 1 else results[0]
 
     def _compute(self, parcel: Parcel, buffer_RD: Tensor, compute: Compute) -> Tensor:
-        spread, rows, y_RO = self.spread, parcel.rows, buffer_RD[:, :0]
+        spread, rows, ids_N = self.spread, parcel.rows, parcel.rows.expert_ids_N
         size = spread.processes.size
-        if spread.held:
-            plan = kernels.plan(rows.expert_ids_N, len(spread.held), backend=self.backend)
-            x_RD, weights_N = (_ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
-            y_RO = compute(x_RD, rows.token_ids_N, weights_N, plan, rows.rows_per_token)
-            y_RO = _ScaleGradient.apply(y_RO, 1 / size)
+        plan = kernels.plan(ids_N, len(spread.held), backend=self.backend) if spread.held else Plan(ids_N, ids_N.int())
+        x_RD, weights_N = (_ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
+        y_RO = compute(x_RD, rows.token_ids_N, weights_N, plan, rows.rows_per_token)
+        y_RO = _ScaleGradient.apply(y_RO, 1 / size)
         if 0 not in spread.sizes_P:
             return y_RO
         width = spread.processes.gather(torch.tensor(y_RO.shape[1], device=y_RO.device)).max()
-        return y_RO if spread.held else y_RO.new_zeros(0, int(width))
+        return y_RO if spread.held else F.pad(y_RO, (0, int(width)))
 
     def place(self) -> str:
         """Words for an error: which layer, in which pass."""

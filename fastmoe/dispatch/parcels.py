@@ -41,6 +41,7 @@ class Parcel:
         there, back: the exchanges that take rows to their experts, and results back.
         rows: what came here must go to which experts; tokens are rows of what was received.
         combine: the same for all chunks, for all their results one after another.
+        after: the ticket of an exchange that brought a part of `rows`; see `Flight.finish`.
     """
 
     token_ids_M: Tensor
@@ -48,9 +49,10 @@ class Parcel:
     back: Exchange
     rows: RoutedRows
     combine: Combine
+    after: Tensor | None = None
 
     def send(self, x_TD: Tensor) -> Flight:
-        return self.there.start(x_TD.index_select(0, self.token_ids_M))
+        return self.there.start(x_TD.index_select(0, self.token_ids_M), self.after)
 
 
 def chunk_of(token_ids_N: Tensor, num_tokens: int, chunks: int) -> Tensor:

@@ -42,8 +42,8 @@ def pack_tokens(
         first_P = torch.tensor([start_M + sum(m_sent[:p]) for p in range(P)], device=device)
         ids_N2 = torch.stack([row_N[of_N] - first_P[experts_N[of_N] // each], experts_N[of_N] % each], 1)
         there, back = exchanges(spread, m_sent, m_came, place)
-        rows_here = _send_along(ids_N2, rows.weights_N[kept_N[of_N]], spread, n_sent, n_came, m_came, place)
-        parcels.append(Parcel(tokens_M[start_M : start_M + sum(m_sent)], there, back, rows_here, combine))
+        rows_here, ticket = _send_along(ids_N2, rows.weights_N[kept_N[of_N]], spread, n_sent, n_came, m_came, place)
+        parcels.append(Parcel(tokens_M[start_M : start_M + sum(m_sent)], there, back, rows_here, combine, ticket))
         start_M, start_N = start_M + sum(m_sent), start_N + sum(n_sent)
     return parcels, counts_E
 
@@ -56,16 +56,16 @@ def _send_along(
     came_P: list[int],
     rows_P: list[int],
     place: str,
-) -> RoutedRows:
+) -> tuple[RoutedRows, Tensor]:
     """For the rows that come here: which of their experts, with what weights. `rows_P`: rows from each process."""
     exchange = Exchange(spread.processes, sent_P, came_P, place)
     with torch.no_grad():
         came_N2 = exchange.send(ids_N2)
-    weights_N = Exchange(spread.processes, sent_P, came_P, place).send(weights_N)
+    weights_N, ticket = Exchange(spread.processes, sent_P, came_P, place).start(weights_N).finish()
     device = came_N2.device
     first_P = torch.tensor([sum(rows_P[:p]) for p in range(len(rows_P))], device=device)
     first_N = first_P.repeat_interleave(torch.tensor(came_P, device=device), output_size=len(came_N2))
-    return RoutedRows(came_N2[:, 0] + first_N, came_N2[:, 1], weights_N)
+    return RoutedRows(came_N2[:, 0] + first_N, came_N2[:, 1], weights_N), ticket
 
 
 def _sum_up(token_ids_M: Tensor, x_TD: Tensor, backend: str) -> Combine:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastmoe import kernels
@@ -35,7 +36,12 @@ class Experts(nn.Module):
         return function(*args)
 
     def mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
-        """Each token's weighted sum of what the experts here make of it, `(T, O)`; see `fastmoe.dispatch.Compute`."""
+        """Each token's weighted sum of what the experts here make of it, `(T, O)`; see `fastmoe.dispatch.Compute`.
+
+        A process that holds no expert is sent no row, and answers `(0, 0)`.
+        """
+        if not self.held:
+            return ZeroGrad.apply(x_TD[:, :0], *(p for p in self.parameters() if local(p).numel()))
         x_TD, weights_N = self.tp.copy(x_TD), self.tp.copy(weights_N)
         y_TO = self._mix(x_TD, token_ids_N, weights_N, plan, rows_per_token)
         return self.tp.sum_for_all(y_TO)
@@ -48,3 +54,27 @@ class Experts(nn.Module):
     def parameters_per_expert(self) -> list[int]:
         """How many parameters each expert has of its own."""
         raise NotImplementedError
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """The experts here of a parameter that is a DTensor over all of them; any other as it is."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+class ZeroGrad(torch.autograd.Function):
+    """The identity on rows, with zero as the gradient of each parameter: an unused expert has zeros, not None.
+
+    An optimizer or a gradient all-reduce then sees the same parameters in every process and every step.
+    """
+
+    @staticmethod
+    def forward(rows_NO: Tensor, *params: Tensor) -> Tensor:
+        return rows_NO.view_as(rows_NO)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad_NO: Tensor):  # type: ignore[no-untyped-def]
+        return grad_NO, *(torch.zeros_like(param) for param in ctx.saved_tensors)

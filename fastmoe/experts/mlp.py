@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmoe import kernels
 from fastmoe._errors import check_int
-from fastmoe.experts.base import Experts
+from fastmoe.experts.base import Experts, local
 from fastmoe.experts.reset import reset_where_possible
 from fastmoe.kernels import Plan
 
@@ -99,7 +99,7 @@ class MLPExperts(Experts):
 
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """w1, b1, w2, b2 of the experts here, as plain tensors; of `b2` this process's share of the sum."""
-        w1, b1, w2, b2 = (_local(p) for p in (self.w1, self.b1, self.w2, self.b2))
+        w1, b1, w2, b2 = (None if p is None else local(p) for p in (self.w1, self.b1, self.w2, self.b2))
         assert w1 is not None
         assert w2 is not None
         return w1, b1, w2, b2 if b2 is None or self.tp.size == 1 else _Share.apply(b2, 1 / self.tp.size)
@@ -148,11 +148,6 @@ def check_dropout(dropout: float) -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
     return float(dropout)
-
-
-def _local(parameter: nn.Parameter | None) -> Tensor | None:
-    """The experts here of a parameter that is a DTensor over all of them; any other as it is."""
-    return parameter if parameter is None or not hasattr(parameter, "to_local") else parameter.to_local()
 
 
 class _Share(torch.autograd.Function):

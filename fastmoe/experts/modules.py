@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoe.experts.base import Experts
+from fastmoe.experts.base import Experts, ZeroGrad
 from fastmoe.experts.reset import reset_where_possible
 
 ExpertLike = nn.Module | Callable[[], nn.Module] | Sequence[nn.Module | Callable[[], nn.Module]]
@@ -74,7 +74,7 @@ class ModuleExperts(Experts):
         if not outputs:
             outputs.append(self.modules_list[self.held.start](rows_ND[:0]))
         rows_NO = F.pad(torch.cat(outputs), (0, 0, 0, len(rows_ND) - start))
-        return _ZeroGrad.apply(rows_NO, *unused)
+        return ZeroGrad.apply(rows_NO, *unused)
 
     def _call(self, e: int, rows_RD: Tensor, before: list[Tensor]) -> Tensor:
         if torch.is_grad_enabled():
@@ -101,25 +101,6 @@ class ModuleExperts(Experts):
             return self._sizes
         users = Counter(param for module in self.modules_list for param in module.parameters())
         return [sum(p.numel() for p in module.parameters() if users[p] == 1) for module in self.modules_list]
-
-
-class _ZeroGrad(torch.autograd.Function):
-    """The identity on rows, with zero as the gradient of each parameter: an unused expert has zeros, not None.
-
-    An optimizer or a gradient all-reduce then sees the same parameters in every process and every step.
-    """
-
-    @staticmethod
-    def forward(rows_NO: Tensor, *params: Tensor) -> Tensor:
-        return rows_NO.view_as(rows_NO)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad_NO: Tensor):  # type: ignore[no-untyped-def]
-        return grad_NO, *(torch.zeros_like(param) for param in ctx.saved_tensors)
 
 
 def build_experts(expert: ExpertLike, num_experts: int) -> list[nn.Module]:
