@@ -67,11 +67,12 @@ class MLPExperts(Experts):
 
     @torch.no_grad()
     def _reset_matrices(self) -> None:
-        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
-            bound = 1 / math.sqrt(weight.shape[-1])
-            weight.uniform_(-bound, bound)
-            if bias is not None:
-                bias.uniform_(-bound, bound)
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.uniform_(-self.bound(name), self.bound(name))
+
+    def bound(self, name: str) -> float:
+        """The largest absolute value that a parameter starts with: `1 / sqrt(fan_in)`."""
+        return 1 / math.sqrt(self.d_model if name in ("w1", "b1") else self.d_hidden)
 
     @property
     def fused(self) -> bool:

@@ -6,11 +6,12 @@ and the batch of a step is the same however many processes or micro-steps share 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastmoe._seeds import mix
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,6 @@ class Share:
 
 
 WHOLE = Share()
-
-
-def mix(seed: int, *numbers: int) -> int:
-    """A seed for torch's generators, unrelated to that of any other `numbers`."""
-    digest = hashlib.blake2b(repr((seed, *numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def windows(data: Tensor, starts_B: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmoe
+from fastmoe._seeds import mix
 from fastmoe.train import checkpoint
-from fastmoe.train.batches import Share, draw_batch, held_out, mix
+from fastmoe.train.batches import Share, draw_batch, held_out
 from fastmoe.train.build import autocast_dtype, build_model, build_optimizer, learning_rate
 from fastmoe.train.config import Kind, TrainConfig
 from fastmoe.train.corpus import Corpus
