@@ -179,7 +179,7 @@ class MoE(nn.Module):
         context = self._context(x, mask_T, token_ids)
         routing, entropy = self._route(x_TD, context)
         compute = self._compute_soft if isinstance(routing, SoftRouting) else self._compute
-        y_TO, offsets_E = self.experts.together(compute, x_TD, routing)
+        y_TO, offsets_E = compute(x_TD, routing)
         if self.shared is not None:
             shared_TO = self.shared(x_TD)
             y_TO = y_TO + (shared_TO if mask_T is None else torch.where(mask_T.unsqueeze(1), shared_TO, 0))
@@ -256,7 +256,7 @@ class MoE(nn.Module):
         """`(T, O)`, each token's weighted sum, and where each expert's rows ended, int32 `(E,)`."""
         weights_N = self._hand_over_losses(routing)
         rows = RoutedRows(routing.token_ids_N, routing.expert_ids_N, weights_N, routing.rows_per_token)
-        return self.dispatcher.run(x_TD, rows, self.experts.mix)
+        return self.experts.together(self.dispatcher.run, x_TD, rows, self.experts.mix)
 
     def _compute_soft(self, x_TD: Tensor, routing: SoftRouting) -> tuple[Tensor, Tensor]:
         """As `_compute`; every expert computes all its slots."""
@@ -264,9 +264,8 @@ class MoE(nn.Module):
         numbers_L = torch.arange(len(slots_LD), device=x_TD.device)
         expert_ids_L = numbers_L // max(len(slots_LD) // self.num_experts, 1)
         ones_L = torch.ones(len(slots_LD), dtype=kernels.accumulation_dtype(x_TD.dtype), device=x_TD.device)
-        y_LO, offsets_E = self.dispatcher.run(
-            slots_LD, RoutedRows(numbers_L, expert_ids_L, ones_L, 1), self.experts.mix
-        )
+        rows = RoutedRows(numbers_L, expert_ids_L, ones_L, 1)
+        y_LO, offsets_E = self.experts.together(self.dispatcher.run, slots_LD, rows, self.experts.mix)
         return from_slots(y_LO, routing.combine_BSL, self.num_experts), offsets_E
 
     def _hand_over_losses(self, routing: Routing) -> Tensor:

@@ -46,17 +46,24 @@ def summary(model: nn.Module) -> Summary:
     """Total and active parameters of a model and of each of its MoE layers. `print` it for a table.
 
     Active parameters are those that one token uses: everything outside the routed experts, and of each MoE layer
-    top_k experts of average size; all of them where the router is soft. Parameters used at several places count once.
+    top_k experts of average size; all of them where the router is soft. Parameters used at several places count once,
+    experts that other processes hold count too.
     """
     layers = tuple(_layer_summary(name, layer) for name, layer in moe_layers(model).items())
-    total = sum(p.numel() for p in model.parameters())
+    elsewhere = sum(_elsewhere(layer) for layer in moe_layers(model).values())
+    total = sum(p.numel() for p in model.parameters()) + elsewhere
     idle = sum(layer.total_params - layer.active_params for layer in layers)
     return Summary(layers, total, total - idle)
 
 
 def _layer_summary(name: str, layer: MoE) -> LayerSummary:
-    total = sum(p.numel() for p in layer.parameters())
+    total = sum(p.numel() for p in layer.parameters()) + _elsewhere(layer)
     per_expert = layer.experts.parameters_per_expert()
     used = layer.num_experts if isinstance(layer.router, SoftRouter) else layer.top_k
     idle = round(sum(per_expert) * (1 - used / layer.num_experts))
     return LayerSummary(name, layer.num_experts, used, total, total - idle)
+
+
+def _elsewhere(layer: MoE) -> int:
+    """How many parameters of the layer's experts are in other processes."""
+    return layer.experts.total_parameters() - sum(p.numel() for p in layer.experts.parameters())

@@ -52,7 +52,11 @@ class Experts(nn.Module):
         return kernels.combine(rows_NO, token_ids_N, weights_N, plan, len(x_TD), backend=self.backend)
 
     def parameters_per_expert(self) -> list[int]:
-        """How many parameters each expert has of its own."""
+        """How many parameters each of the E experts has of its own."""
+        raise NotImplementedError
+
+    def total_parameters(self) -> int:
+        """How many parameters all E experts have together; those that several share count once."""
         raise NotImplementedError
 
 

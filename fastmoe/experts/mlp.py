@@ -120,7 +120,13 @@ class MLPExperts(Experts):
         """How many parameters each expert has."""
         stacked = [p for p in (self.w1, self.b1, self.w2, self.b2) if p is not None]
         split = self.tp.size
-        return [sum(p[0].numel() * (1 if p is self.b2 else split) for p in stacked)] * self.num_experts
+        sizes = (math.prod(p.shape[1:]) * (1 if p is self.b2 else split) for p in stacked)
+        return [sum(sizes)] * self.num_experts
+
+    def total_parameters(self) -> int:
+        """How many parameters all E experts have together, and a module given as activation."""
+        own = set(self.parameters(recurse=False))
+        return sum(self.parameters_per_expert()) + sum(p.numel() for p in self.parameters() if p not in own)
 
     def extra_repr(self) -> str:
         return (

@@ -28,7 +28,7 @@ class ModuleExperts(Experts):
     def __init__(self, modules: Sequence[nn.Module], backend: str = "auto") -> None:
         super().__init__(len(modules), backend)
         self.modules_list = nn.ModuleList(modules)
-        self._sizes: list[int] | None = None
+        self._sizes: tuple[list[int], int] | None = None
 
     def keep(self, held: range) -> None:
         """Leave all experts but these to other processes.
@@ -46,7 +46,7 @@ class ModuleExperts(Experts):
                     f"experts {sorted(shared)} share a parameter, so one process must hold them all; "
                     f"this one is to hold {list(held)}"
                 )
-        self._sizes = self.parameters_per_expert()
+        self._sizes = self.parameters_per_expert(), self.total_parameters()
         for e in range(self.num_experts):
             if e not in held:
                 self.modules_list[e] = ElsewhereExpert()
@@ -98,9 +98,13 @@ class ModuleExperts(Experts):
     def parameters_per_expert(self) -> list[int]:
         """How many parameters each expert has of its own; those that several experts share are left out."""
         if self._sizes is not None:
-            return self._sizes
+            return self._sizes[0]
         users = Counter(param for module in self.modules_list for param in module.parameters())
         return [sum(p.numel() for p in module.parameters() if users[p] == 1) for module in self.modules_list]
+
+    def total_parameters(self) -> int:
+        """How many parameters all E experts have together; those that several share count once."""
+        return sum(p.numel() for p in self.parameters()) if self._sizes is None else self._sizes[1]
 
 
 def build_experts(expert: ExpertLike, num_experts: int) -> list[nn.Module]:
