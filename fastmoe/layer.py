@@ -178,8 +178,10 @@ class MoE(nn.Module):
             x_TD = torch.where(mask_T.unsqueeze(1), x_TD, 0)
         context = self._context(x, mask_T, token_ids)
         routing, entropy = self._route(x_TD, context)
-        compute = self._compute_soft if isinstance(routing, SoftRouting) else self._compute
-        y_TO, offsets_E = compute(x_TD, routing)
+        if isinstance(routing, SoftRouting):
+            y_TO, offsets_E = self._compute_soft(x_TD, routing)
+        else:
+            y_TO, offsets_E = self._compute(x_TD, routing)
         if self.shared is not None:
             shared_TO = self.shared(x_TD)
             y_TO = y_TO + (shared_TO if mask_T is None else torch.where(mask_T.unsqueeze(1), shared_TO, 0))

@@ -34,6 +34,12 @@ COMMANDS = {
         ("matplotlib", "rich", "tyro"),
     ),
     "tune": Command("measure the fastest tiles for this machine's GPU", "fastmoe.tune.command", "bench", ("tyro",)),
+    "consolidate": Command(
+        "write a checkpoint as one safetensors file",
+        "fastmoe.parallel.consolidate_command",
+        "checkpoint",
+        ("safetensors",),
+    ),
     "report": Command("write a run's report as one HTML file", "fastmoe.train.report_command", "train", ("plotly",)),
 }
 
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     from fastmoe import __version__
 
-    commands = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12} {command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fastmoe",
         description="Mixture-of-Experts for PyTorch.",
