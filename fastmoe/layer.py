@@ -258,7 +258,7 @@ class MoE(nn.Module):
         """`(T, O)`, each token's weighted sum, and where each expert's rows ended, int32 `(E,)`."""
         weights_N = self._hand_over_losses(routing)
         rows = RoutedRows(routing.token_ids_N, routing.expert_ids_N, weights_N, routing.rows_per_token)
-        return self.experts.together(self.dispatcher.run, x_TD, rows, self.experts.mix)
+        return self._run(x_TD, rows)
 
     def _compute_soft(self, x_TD: Tensor, routing: SoftRouting) -> tuple[Tensor, Tensor]:
         """As `_compute`; every expert computes all its slots."""
@@ -267,8 +267,11 @@ class MoE(nn.Module):
         expert_ids_L = numbers_L // max(len(slots_LD) // self.num_experts, 1)
         ones_L = torch.ones(len(slots_LD), dtype=kernels.accumulation_dtype(x_TD.dtype), device=x_TD.device)
         rows = RoutedRows(numbers_L, expert_ids_L, ones_L, 1)
-        y_LO, offsets_E = self.experts.together(self.dispatcher.run, slots_LD, rows, self.experts.mix)
+        y_LO, offsets_E = self._run(slots_LD, rows)
         return from_slots(y_LO, routing.combine_BSL, self.num_experts), offsets_E
+
+    def _run(self, x_TD: Tensor, rows: RoutedRows) -> tuple[Tensor, Tensor]:
+        return self.experts.together(self.dispatcher.run, self.experts.cast(x_TD), rows, self.experts.mix)
 
     def _hand_over_losses(self, routing: Routing) -> Tensor:
         """The routing weights, with the balance losses attached unless a sink takes them."""

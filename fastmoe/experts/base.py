@@ -35,6 +35,10 @@ class Experts(nn.Module):
         """
         return function(*args)
 
+    def cast(self, x_TD: Tensor) -> Tensor:
+        """Tokens in the dtype that the experts compute in, so that no more bytes travel than they read."""
+        return x_TD
+
     def mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
         """Each token's weighted sum of what the experts here make of it, `(T, O)`; see `fastmoe.dispatch.Compute`.
 

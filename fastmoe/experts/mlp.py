@@ -79,6 +79,13 @@ class MLPExperts(Experts):
         """Whether one kernel call computes the whole routed MLP."""
         return isinstance(self.activation, str) and not (self.training and self.dropout)
 
+    def cast(self, x_TD: Tensor) -> Tensor:
+        """Under autocast, in its dtype."""
+        device = x_TD.device.type
+        if x_TD.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+            return x_TD
+        return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD
+
     def _mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
         if not self.fused:
             return super()._mix(x_TD, token_ids_N, weights_N, plan, rows_per_token)
