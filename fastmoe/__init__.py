@@ -8,7 +8,7 @@ from fastmoe.load_monitor import LoadMonitor
 from fastmoe.mmoe import MMoE
 from fastmoe.model import AuxLoss, AuxLosses, collect_aux_losses, moe_layers, set_aux_loss_scale, set_stats_group, stats
 from fastmoe.monitor import LayerLoad, LayerStats, LoadSnapshot, TaskStats
-from fastmoe.parallel import clip_grad_norm_, materialize, no_sync, parallelize
+from fastmoe.parallel import clip_grad_norm_, load, materialize, no_sync, parallelize, save
 from fastmoe.parameters import Summary, summary
 from fastmoe.routers import Router, Routing, register_router
 from fastmoe.token_ids import feed_token_ids
@@ -34,6 +34,7 @@ __all__ = [
     "empty_cache",
     "feed_token_ids",
     "kernels",
+    "load",
     "materialize",
     "moe_layers",
     "moefy",
@@ -41,6 +42,7 @@ __all__ = [
     "parallelize",
     "register_router",
     "routers",
+    "save",
     "set_aux_loss_scale",
     "set_stats_group",
     "stats",

@@ -1,11 +1,20 @@
 """Every Python block of the README and the docs runs as it stands."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{i}")
     for path in (
@@ -15,8 +24,24 @@ BLOCKS = [
         ROOT / "docs" / "monitor.md",
         ROOT / "docs" / "routers.md",
     )
-    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M))
+    for i, block in enumerate(blocks_of(path))
 ]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PARALLEL = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8"), re.S | re.M
+)
+
+
+@pytest.mark.parametrize("number", range(len(PARALLEL)))
+def test_block_runs_on_two_processes(number: int, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PARALLEL[number], encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [*TORCHRUN, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_there_are_blocks() -> None:
