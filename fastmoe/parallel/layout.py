@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from fastmoe._errors import check_choice
 from fastmoe._processes import Processes
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 DIMENSIONS = ("dp", "ep", "tp")
@@ -73,6 +75,13 @@ class Layout:
     def batch(self) -> DeviceMesh | None:
         """Processes whose batches make up the whole batch."""
         return self.over("dp", "ep", "tp") if self.tp == "slice" else self.over("dp", "ep")
+
+    @cached_property
+    def batch_group(self) -> ProcessGroup:
+        """As `batch`, as a process group; one of this process alone where the mesh has no such dimension."""
+        if self.batch is not None:
+            return self.batch.get_group()
+        return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     @property
     def same_tokens(self) -> DeviceMesh | None:

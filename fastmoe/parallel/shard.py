@@ -42,8 +42,8 @@ def shard_layer(
     """
     if isinstance(layer.dispatcher, AllToAllDispatcher) or layer.slices is not None or layer.experts.tp.size > 1:
         raise ValueError(f"MoE layer {name!r} is parallel already")
-    batch, same_tokens = layout.batch, processes_of(layout.same_tokens)
-    layer.stats_group = None if batch is None else batch.get_group()
+    same_tokens = processes_of(layout.same_tokens)
+    layer.stats_group = layout.batch_group
     if same_tokens.size > 1 and layout.tp == "hidden":
         split_hidden(layer.experts, same_tokens)
     elif same_tokens.size > 1:
