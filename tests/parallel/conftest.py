@@ -1,0 +1,22 @@
+"""Fixtures of the tests on several processes."""
+
+import layout_cases
+import pytest
+from processes import run
+
+
+@pytest.fixture(scope="module")
+def trained(request):
+    """`trained(case)`: what its training shows on each process. The module's cases of one mesh share a start."""
+    tested = [item.callspec.params.get("case") for item in request.session.items if item.module is request.module]
+    cases = list(dict.fromkeys(case for case in tested if case is not None))
+    found = {}
+
+    def of(case):
+        if case not in found:
+            together = [c for c in cases if (c.mesh, c.engine) == (case.mesh, case.engine)]
+            by_rank = run(case.world, layout_cases.train_all, together)
+            found.update(zip(together, zip(*by_rank, strict=True), strict=True))
+        return found[case]
+
+    return of

@@ -1,0 +1,84 @@
+"""A function on several processes that are one gloo group.
+
+They are forked from a server that has imported what they need, where the system can: to start them costs little.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
+
+FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
+if FORKSERVER:
+    CONTEXT.set_forkserver_preload(["pytest", "fastmoe", "torch._dynamo", "torch.distributed.fsdp"])
+
+
+def run(world, function, *args, limit=240):
+    """What `function(*args)` returns on each of `world` processes, by rank.
+
+    Raises:
+        AssertionError: with its traceback where one raises; or one ends, or is not done within `limit` seconds.
+    """
+    with started(world, function, *args) as running:
+        answers = [answer_of(*one, limit) for one in running]
+    for rank, (returned, answer) in enumerate(answers):
+        assert returned, f"process {rank} of {world}: {answer}"
+    return [answer for _, answer in answers]
+
+
+@contextmanager
+def started(world, function, *args, timeout=60):
+    """The running processes, each with the connection that its answer comes through. `timeout`: of the gloo group."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for rank in range(world):
+            here, there = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_process, args=(there, folder, rank, world, timeout, function, args))
+            process.start()
+            there.close()
+            running.append((process, here))
+        try:
+            yield running
+        finally:
+            for process, _ in running:
+                process.kill()
+                process.join()
+
+
+def answer_of(process, connection, limit):
+    """(True, what the function returned) or (False, the traceback, or how the process ended without one)."""
+    if not connection.poll(limit):
+        return False, f"no answer within {limit} s"
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except EOFError:
+        process.join()
+        return False, f"it ended with exit code {process.exitcode}"
+
+
+def _process(connection, folder, rank, world, timeout, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        answer = True, function(*args)
+        dist.barrier()
+    except BaseException:
+        answer = False, traceback.format_exc()
+    connection.send_bytes(pickle.dumps(answer))
+    os._exit(0)  # not to wait for a process that is not there any more
