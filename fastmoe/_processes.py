@@ -140,3 +140,19 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return ctx.processes.sum(grad), None
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity; the gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad * ctx.factor, None

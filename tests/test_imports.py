@@ -22,7 +22,7 @@ RANKS = {
     "parallel": 6,
     "convert": 7, "integrations": 7, "models": 7,
     "train": 8, "bench": 8, "plan": 8,
-    "tune": 9,
+    "tune": 9, "check": 9,
     "cli": 10,
     "__main__": 11,
 }  # fmt: skip

@@ -40,6 +40,7 @@ COMMANDS = {
         "checkpoint",
         ("safetensors",),
     ),
+    "check-layout": Command("check that a model trains on many processes as on one", "fastmoe.check.command", "", ()),
     "report": Command("write a run's report as one HTML file", "fastmoe.train.report_command", "train", ("plotly",)),
 }
 

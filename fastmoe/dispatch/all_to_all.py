@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastmoe import kernels
 from fastmoe._errors import check_int
+from fastmoe._processes import ScaleGradient
 from fastmoe.dispatch.exchange import Flight
 from fastmoe.dispatch.local import Compute, RoutedRows
 from fastmoe.dispatch.parcels import Parcel, pack_rows
@@ -84,9 +85,9 @@ class AllToAllDispatcher:
         spread, rows, ids_N = self.spread, parcel.rows, parcel.rows.expert_ids_N
         size = spread.processes.size
         plan = kernels.plan(ids_N, len(spread.held), backend=self.backend) if spread.held else Plan(ids_N, ids_N.int())
-        x_RD, weights_N = (_ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
+        x_RD, weights_N = (ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
         y_RO = compute(x_RD, rows.token_ids_N, weights_N, plan, rows.rows_per_token)
-        y_RO = _ScaleGradient.apply(y_RO, 1 / size)
+        y_RO = ScaleGradient.apply(y_RO, 1 / size)
         if 0 not in spread.sizes_P:
             return y_RO
         width = spread.processes.gather(torch.tensor(y_RO.shape[1], device=y_RO.device)).max()
@@ -95,19 +96,3 @@ class AllToAllDispatcher:
     def place(self) -> str:
         """Words for an error: which layer, in which pass."""
         return f"MoE layer {self.name!r}, forward pass {self.passes}"
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity; the gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.factor = inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad * ctx.factor, None

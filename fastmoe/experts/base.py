@@ -19,12 +19,13 @@ class Experts(nn.Module):
     Attributes:
         num_experts: E, of the whole layer.
         held: the numbers of the experts in this process, e of them; all of them unless the layer is expert parallel.
+        spread_over: how many processes the experts are spread over.
         tp: the processes that share the hidden width of each expert.
     """
 
     def __init__(self, num_experts: int, backend: str = "auto") -> None:
         super().__init__()
-        self.num_experts, self.held = num_experts, range(num_experts)
+        self.num_experts, self.held, self.spread_over = num_experts, range(num_experts), 1
         self.backend = kernels.check_backend(backend)
         self.tp: Processes = ALONE
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmoe import kernels
 from fastmoe._errors import check_int
+from fastmoe._processes import ScaleGradient
 from fastmoe.experts.base import Experts, local
 from fastmoe.experts.reset import reset_where_possible
 from fastmoe.kernels import Plan
@@ -116,12 +117,18 @@ class MLPExperts(Experts):
         """Rows sorted by expert in, rows out, `(N, D)`; rows past the last offset give zeros."""
         w1, b1, w2, b2 = self.matrices()
         pre_NH = kernels.grouped_mm(rows_ND, w1, offsets_E, b1, backend=self.backend)
-        if isinstance(self.activation, str):
-            hidden_NH = kernels.activate(self.activation, pre_NH)
-        else:
-            hidden_NH = self.activation(pre_NH)
-        hidden_NH = F.dropout(hidden_NH, self.dropout, self.training)
+        hidden_NH = F.dropout(self._activate(pre_NH), self.dropout, self.training)
         return kernels.grouped_mm(hidden_NH, w2, offsets_E, b2, backend=self.backend)
+
+    def _activate(self, pre_NH: Tensor) -> Tensor:
+        if isinstance(self.activation, str):
+            return kernels.activate(self.activation, pre_NH)
+        if self.spread_over == 1:
+            return self.activation(pre_NH)
+        # Gradients here are of the mean over the processes, for the experts. A module given as activation has replicas,
+        # of whose gradients the mean is taken anyway.
+        pre_NH = ScaleGradient.apply(pre_NH, 1 / self.spread_over)
+        return ScaleGradient.apply(self.activation(pre_NH), float(self.spread_over))
 
     def parameters_per_expert(self) -> list[int]:
         """How many parameters each expert has."""

@@ -52,6 +52,7 @@ def shard_layer(
     if mesh is None or mesh.size() == 1:
         return
     spread = Spread(layer.num_experts, processes_of(mesh), mesh)
+    layer.experts.spread_over = spread.processes.size
     if isinstance(layer.experts, ModuleExperts):
         layer.experts.keep(spread.held)
     else:

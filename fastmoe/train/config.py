@@ -1,16 +1,17 @@
-"""`TrainConfig`: everything that a training run is told, in five typed sections.
+"""`TrainConfig`: everything that a training run is told, in six typed sections.
 
 A field is a TOML key in its section's table and a flag of `fastmoe train` (`--data` for `path`).
 """
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from fastmoe.train.key_values import KEY_VALUES
 
 Kind = Literal["dense", "moe"]
 Mode = Literal["dense", "moe", "compare"]
@@ -23,35 +24,6 @@ def check_at_least(minimum: float, **values: float) -> None:
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}; got {value}")
-
-
-PYTHON_NAMES = {"None": None, "True": True, "False": False}
-
-
-def read_value(text: str) -> Any:
-    """A value as TOML has it: a number, true, false, a list, a quoted text; or None; anything else is a text."""
-    if text in PYTHON_NAMES:
-        return PYTHON_NAMES[text]
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def read_key_values(texts: list[str]) -> dict[str, Any]:
-    for text in texts:
-        if "=" not in text:
-            raise ValueError(f"expected KEY=VALUE, got {text}")
-    return {key: read_value(value) for key, _, value in (text.partition("=") for text in texts)}
-
-
-KEY_VALUES = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="[KEY=VALUE ...]",
-    instance_from_str=read_key_values,
-    is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=lambda options: [f"{key}={value}" for key, value in options.items()],
-)
 
 
 @dataclass(frozen=True)
@@ -142,6 +114,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Of many processes; one alone has no use for it."""
+
+    ep: int = 1
+    """Processes that the experts are spread over; must divide the number of processes."""
+    engine: Literal["ddp", "fsdp"] = "ddp"
+    """What keeps replicas alike: DistributedDataParallel, or fully_shard, which spreads the dense parameters too."""
+    ep_chunks: int = 1
+    """Tokens are exchanged in so many parts, one while another is computed."""
+    suppress_duplicates: bool = False
+    """A token travels once to a process where it has several experts."""
+    timeout: int = 600
+    """Seconds after which waiting for a process that hangs is an error."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, ep=self.ep, ep_chunks=self.ep_chunks, timeout=self.timeout)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     out: Path = Path("runs/train")
     """Folder for checkpoints, TensorBoard logs, figures and results."""
@@ -178,6 +169,7 @@ class TrainConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
