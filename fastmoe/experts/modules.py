@@ -30,22 +30,25 @@ class ModuleExperts(Experts):
         self.modules_list = nn.ModuleList(modules)
         self._sizes: tuple[list[int], int] | None = None
 
-    def keep(self, held: range) -> None:
-        """Leave all experts but these to other processes.
+    def check_spread(self, held_P: Sequence[range]) -> None:
+        """Whether the experts can live on P processes, given which each is to hold.
 
         Raises:
-            ValueError: an expert that stays shares a parameter with one that goes.
+            ValueError: experts of different processes share a parameter.
         """
         users: dict[nn.Parameter, set[int]] = {}
         for e, module in enumerate(self.modules_list):
             for parameter in module.parameters():
                 users.setdefault(parameter, set()).add(e)
         for shared in users.values():
-            if not shared <= set(held) and shared & set(held):
+            if not any(shared <= set(held) for held in held_P):
                 raise ValueError(
                     f"experts {sorted(shared)} share a parameter, so one process must hold them all; "
-                    f"this one is to hold {list(held)}"
+                    f"the processes are to hold {[list(held) for held in held_P]}"
                 )
+
+    def keep(self, held: range) -> None:
+        """Leave all experts but these to other processes."""
         self._sizes = self.parameters_per_expert(), self.total_parameters()
         for e in range(self.num_experts):
             if e not in held:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 
 from fastmoe.model import moe_layers
+from fastmoe.parallel.engines import find_parallel
 from fastmoe.parallel.layout import Layout
 
 
@@ -37,17 +39,20 @@ def check_agreement(model: nn.Module, layout: Layout, options: dict[str, object]
 
 def describe(model: nn.Module, layout: Layout, options: dict[str, object]) -> list[str]:
     """Everything in which processes must not differ, one fact a line."""
+    if find_parallel(model) is not None:
+        return ["a model that is parallel already"]
     lines = [f"a mesh of {layout}", *(f"{name}={value!r}" for name, value in options.items())]
     for name, layer in moe_layers(model).items():
-        lines.append(
-            f"an MoE layer {name!r} of {layer.num_experts} experts, top_k={layer.top_k}, {layer.router}, "
-            f"{type(layer.experts).__name__}"
-        )
+        lines += [
+            f"MoE layer {name!r} of {layer.num_experts} experts, top_k={layer.top_k}",
+            f"MoE layer {name!r} with {' '.join(str(layer.router).split())}",
+            f"MoE layer {name!r} with {type(layer.experts).__name__}({layer.experts.extra_repr()})",
+        ]
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             frozen = "" if tensor.requires_grad or kind == "buffer" else ", frozen"
             lines.append(f"{kind} {name!r} {tuple(tensor.shape)} {tensor.dtype}{frozen}")
-    return lines
+    return [re.sub(r" at 0x[0-9a-f]+", "", line) for line in lines]  # where objects lie differs without meaning
 
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:

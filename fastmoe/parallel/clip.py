@@ -57,9 +57,10 @@ def _norm(model: nn.Module, parallel: Parallel, norm_type: float) -> Tensor:
     pieces = pieces_of(model, parallel.layout)
     total: Tensor | None = None
     for parameter in model.parameters():
-        if parameter.grad is None or not parameter.grad.numel():
+        grad = None if parameter.grad is None else _local(parameter.grad)
+        if grad is None or not grad.numel():
             continue
-        norm = torch.linalg.vector_norm(_local(parameter.grad), norm_type).to(torch.float64)
+        norm = torch.linalg.vector_norm(grad, norm_type).to(torch.float64)
         if norm_type == math.inf:
             total = norm if total is None else torch.maximum(total, norm)
         else:
@@ -67,6 +68,8 @@ def _norm(model: nn.Module, parallel: Parallel, norm_type: float) -> Tensor:
             total = part if total is None else total + part
     if total is None:
         total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    if norm_type == math.inf:
+        total = total.masked_fill(total.isnan(), math.inf)  # the largest of NaN and a number may be the number
     with collective():
         dist.all_reduce(
             total, dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM, group=everyone.get_group()

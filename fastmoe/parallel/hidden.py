@@ -9,18 +9,23 @@ from fastmoe._processes import Processes
 from fastmoe.experts import Experts, MLPExperts, is_gated
 
 
-def split_hidden(experts: Experts, tp: Processes) -> None:
-    """Keep this process's part of w1, b1 and w2.
+def check_hidden(experts: Experts, tp: int) -> None:
+    """Whether so many processes can share the hidden width.
 
     Raises:
-        ValueError: experts whose hidden width cannot be split.
+        ValueError: they cannot; says why.
     """
     if not isinstance(experts, MLPExperts) or not isinstance(experts.activation, str):
         raise ValueError("tp splits the hidden width of built-in experts with a named activation; use tp='slice'")
-    if experts.d_hidden % tp.size:
-        raise ValueError(f"d_hidden must be a multiple of tp={tp.size}, got {experts.d_hidden}")
+    if experts.d_hidden % tp:
+        raise ValueError(f"d_hidden must be a multiple of tp={tp}, got {experts.d_hidden}")
     if experts.dropout:
         raise ValueError("dropout draws other numbers on every process: tp cannot split experts that have it")
+
+
+def split_hidden(experts: Experts, tp: Processes) -> None:
+    """Keep this process's part of w1, b1 and w2."""
+    assert isinstance(experts, MLPExperts)
     experts.tp = tp
     for name in ("w1", "b1", "w2"):
         whole = getattr(experts, name)

@@ -10,9 +10,9 @@ from torch import nn
 from fastmoe._errors import check_choice, check_int
 from fastmoe.model import moe_layers
 from fastmoe.parallel.agree import check_agreement
-from fastmoe.parallel.engines import Parallel, broadcast, parameters_of, use_ddp, use_fsdp
+from fastmoe.parallel.engines import Parallel, broadcast, find_parallel, parameters_of, use_ddp, use_fsdp
 from fastmoe.parallel.layout import Layout
-from fastmoe.parallel.shard import shard_layer
+from fastmoe.parallel.shard import check_layer, shard_layer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,8 +66,6 @@ def parallelize(
         ValueError: an argument that does not fit, a model that is parallel already, or processes that differ in model
             or arguments; names the difference.
     """
-    check_choice("engine", engine, ENGINES)
-    check_int("chunks", chunks, 1)
     layout = Layout(mesh, tp)
     options = {
         "engine": engine,
@@ -75,14 +73,19 @@ def parallelize(
         "chunks": chunks,
         "suppress_duplicates": suppress_duplicates,
         "blocks": [block.__name__ for block in blocks],
+        "engine_options": engine_options,
     }
     check_agreement(model, layout, options)
-    if hasattr(model, "fastmoe_parallel"):
+    check_choice("engine", engine, ENGINES)
+    check_int("chunks", chunks, 1)
+    if find_parallel(model) is not None:
         raise ValueError(f"{type(model).__name__} is parallel already")
     if engine == "fsdp" and layout.size("tp") > 1:
         raise ValueError("engine 'fsdp' takes a mesh of dp and ep; tp is for engine 'ddp'")
     if blocks and engine == "ddp":
         raise ValueError("blocks are for engine 'fsdp'")
+    for name, layer in moe_layers(model).items():
+        check_layer(layer, layout, name)
     parallel = Parallel(layout, engine)
     for name, layer in moe_layers(model).items():
         shard_layer(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmoe.dispatch import AllToAllDispatcher, Slices, Spread
 from fastmoe.experts import MLPExperts, ModuleExperts
 from fastmoe.layer import MoE
-from fastmoe.parallel.hidden import split_hidden
+from fastmoe.parallel.hidden import check_hidden, split_hidden
 from fastmoe.parallel.layout import Layout, processes_of
 
 if TYPE_CHECKING:
@@ -40,18 +40,16 @@ def shard_layer(
     Raises:
         ValueError: a layer that is sharded already, or cannot be in this way.
     """
-    if isinstance(layer.dispatcher, AllToAllDispatcher) or layer.slices is not None or layer.experts.tp.size > 1:
-        raise ValueError(f"MoE layer {name!r} is parallel already")
+    check_layer(layer, layout, name)
     same_tokens = processes_of(layout.same_tokens)
     layer.stats_group = layout.batch_group
     if same_tokens.size > 1 and layout.tp == "hidden":
         split_hidden(layer.experts, same_tokens)
     elif same_tokens.size > 1:
         layer.slices = Slices(same_tokens)
-    mesh = layout.experts
-    if mesh is None or mesh.size() == 1:
+    spread = _spread(layer, layout)
+    if spread is None:
         return
-    spread = Spread(layer.num_experts, processes_of(mesh), mesh)
     layer.experts.spread_over = spread.processes.size
     if isinstance(layer.experts, ModuleExperts):
         layer.experts.keep(spread.held)
@@ -60,6 +58,29 @@ def shard_layer(
     layer.dispatcher = AllToAllDispatcher(
         spread, chunks=chunks, suppress_duplicates=suppress_duplicates, backend=layer.backend, name=name
     )
+
+
+def check_layer(layer: MoE, layout: Layout, name: str = "") -> None:
+    """Whether `shard_layer` can; it changes nothing, and answers alike on every process.
+
+    Raises:
+        ValueError: a layer that is sharded already, or cannot be in this way.
+    """
+    if isinstance(layer.dispatcher, AllToAllDispatcher) or layer.slices is not None or layer.experts.tp.size > 1:
+        raise ValueError(f"MoE layer {name!r} is parallel already")
+    spread = _spread(layer, layout)
+    try:
+        if layout.tp == "hidden" and layout.size("tp") > 1:
+            check_hidden(layer.experts, layout.size("tp"))
+        if spread is not None and isinstance(layer.experts, ModuleExperts):
+            layer.experts.check_spread([spread.held_by(rank) for rank in range(spread.processes.size)])
+    except ValueError as error:
+        raise ValueError(f"MoE layer {name!r}: {error}") from None
+
+
+def _spread(layer: MoE, layout: Layout) -> Spread | None:
+    mesh = layout.experts
+    return None if mesh is None or mesh.size() == 1 else Spread(layer.num_experts, processes_of(mesh), mesh)
 
 
 def _keep_stacked(experts: MLPExperts, spread: Spread, as_dtensors: bool) -> None:

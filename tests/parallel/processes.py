@@ -31,8 +31,8 @@ def run(world, function, *args, limit=240):
     """
     with started(world, function, *args) as running:
         answers = [answer_of(*one, limit) for one in running]
-    for rank, (returned, answer) in enumerate(answers):
-        assert returned, f"process {rank} of {world}: {answer}"
+    wrong = [f"process {rank} of {world}: {answer}" for rank, (returned, answer) in enumerate(answers) if not returned]
+    assert not wrong, "\n".join(wrong)
     return [answer for _, answer in answers]
 
 
