@@ -14,26 +14,28 @@ class CollectiveError(RuntimeError):
 
 
 @contextmanager
-def collective() -> Iterator[None]:
-    """Around a collective operation: what goes wrong there becomes a `CollectiveError`."""
+def collective(place: str = "") -> Iterator[None]:
+    """Around a collective operation: what goes wrong there becomes a `CollectiveError`, which names the place."""
     try:
         yield
     except CollectiveError:
         raise
     except RuntimeError as error:
-        raise CollectiveError(f"an exchange with the other processes failed: {error}") from error
+        where = f"{place}: " if place else ""
+        raise CollectiveError(f"{where}an exchange with the other processes failed: {error}") from error
 
 
 @dataclass(frozen=True)
 class Processes:
     """The processes that share a batch; `group` is None where there is only this one.
 
-    Their batch is the rows of rank 0, then those of rank 1, and so on.
+    Their batch is the rows of rank 0, then those of rank 1, and so on. `place`: for errors, who asks.
     """
 
     group: "dist.ProcessGroup | None" = None
     rank: int = 0
     size: int = 1
+    place: str = ""
 
     @classmethod
     def of(cls, group: "dist.ProcessGroup | None" = None) -> "Processes":
@@ -48,7 +50,7 @@ class Processes:
         if self.group is None:
             return x
         x = x.detach().clone()
-        with collective():
+        with collective(self.place):
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -73,7 +75,7 @@ class Processes:
         if self.group is None:
             return x.detach().unsqueeze(0)
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with collective():
+        with collective(self.place):
             dist.all_gather(parts, x.detach().contiguous(), group=self.group)
         return torch.stack(parts)
 

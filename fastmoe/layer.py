@@ -230,7 +230,7 @@ class MoE(nn.Module):
             try:
                 answer = self.router(x_TD, context)
             except CollectiveError as error:
-                raise CollectiveError(f"{self.dispatcher.place()}: its router's {error}") from error
+                raise CollectiveError(f"{self.dispatcher.place(routed=False)}: its router's {error}") from error
             routing = self._checked(answer, len(x_TD))
             if mask_T is not None:
                 routing = routing.masked(mask_T)

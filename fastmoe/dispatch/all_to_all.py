@@ -93,6 +93,6 @@ class AllToAllDispatcher:
         width = spread.processes.gather(torch.tensor(y_RO.shape[1], device=y_RO.device)).max()
         return y_RO if spread.held else F.pad(y_RO, (0, int(width)))
 
-    def place(self) -> str:
-        """Words for an error: which layer, in which pass."""
-        return f"MoE layer {self.name!r}, forward pass {self.passes}"
+    def place(self, *, routed: bool = True) -> str:
+        """Words for an error: which layer, in which pass; where that is not routed yet, in the one to come."""
+        return f"MoE layer {self.name!r}, forward pass {self.passes + (not routed)}"

@@ -32,14 +32,14 @@ class RoutedRows:
 class LocalDispatcher:
     """Every expert lives in this process."""
 
-    def __init__(self, num_experts: int, backend: str = "auto") -> None:
-        self.num_experts, self.backend = num_experts, backend
+    def __init__(self, num_experts: int, backend: str = "auto", name: str = "") -> None:
+        self.num_experts, self.backend, self.name = num_experts, backend, name
 
     def run(self, x_TD: Tensor, rows: RoutedRows, compute: Compute) -> tuple[Tensor, Tensor]:
         """`(T, O)`, each token's weighted sum, and where each expert's rows ended, int32 `(E,)`."""
         plan = kernels.plan(rows.expert_ids_N, self.num_experts, backend=self.backend)
         return compute(x_TD, rows.token_ids_N, rows.weights_N, plan, rows.rows_per_token), plan.offsets_E
 
-    def place(self) -> str:
-        """Words for an error: which layer, in which pass."""
-        return "an MoE layer"
+    def place(self, *, routed: bool = True) -> str:
+        """Words for an error: which layer."""
+        return f"MoE layer {self.name!r}"

@@ -93,7 +93,8 @@ def _piece(of: Piece, key: str, value: Tensor) -> Piece:
     name = f"{of.name}.{key}"
     if isinstance(value, DTensor):
         local, shape, offset = placed(name, value)
-        return Piece(name, local, of.shape if of.hidden else shape, offset, of.layer, of.hidden)
+        layer = of.layer if shape[:1] == of.shape[:1] else None
+        return Piece(name, local, of.shape if of.hidden else shape, offset, layer, of.hidden)
     local, held, rows = value.detach(), tuple(value.shape), _rows(of)
     if held == tuple(of.local.shape):
         return Piece(name, local, of.shape, of.offset, of.layer, of.hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,7 @@ class Layout:
         return self.over("tp")
 
 
-def processes_of(mesh: DeviceMesh | None) -> Processes:
-    """The processes of a mesh of one dimension; those of None are this one alone."""
-    return Processes() if mesh is None else Processes.of(mesh.get_group())
+def processes_of(mesh: DeviceMesh | None, layer: str | None = None) -> Processes:
+    """The processes of a mesh of one dimension, for a layer perhaps; those of None are this one alone."""
+    found = Processes() if mesh is None else Processes.of(mesh.get_group())
+    return found if layer is None else replace(found, place=f"MoE layer {layer!r}")

@@ -41,14 +41,15 @@ def shard_layer(
         ValueError: a layer that is sharded already, or cannot be in this way.
     """
     check_layer(layer, layout, name)
-    same_tokens = processes_of(layout.same_tokens)
+    same_tokens = processes_of(layout.same_tokens, name)
     layer.stats_group = layout.batch_group
     if same_tokens.size > 1 and layout.tp == "hidden":
         split_hidden(layer.experts, same_tokens)
     elif same_tokens.size > 1:
         layer.slices = Slices(same_tokens)
-    spread = _spread(layer, layout)
+    spread = _spread(layer, layout, name)
     if spread is None:
+        layer.dispatcher.name = name
         return
     layer.experts.spread_over = spread.processes.size
     if isinstance(layer.experts, ModuleExperts):
@@ -68,7 +69,7 @@ def check_layer(layer: MoE, layout: Layout, name: str = "") -> None:
     """
     if isinstance(layer.dispatcher, AllToAllDispatcher) or layer.slices is not None or layer.experts.tp.size > 1:
         raise ValueError(f"MoE layer {name!r} is parallel already")
-    spread = _spread(layer, layout)
+    spread = _spread(layer, layout, name)
     try:
         if layout.tp == "hidden" and layout.size("tp") > 1:
             check_hidden(layer.experts, layout.size("tp"))
@@ -78,9 +79,9 @@ def check_layer(layer: MoE, layout: Layout, name: str = "") -> None:
         raise ValueError(f"MoE layer {name!r}: {error}") from None
 
 
-def _spread(layer: MoE, layout: Layout) -> Spread | None:
+def _spread(layer: MoE, layout: Layout, name: str) -> Spread | None:
     mesh = layout.experts
-    return None if mesh is None or mesh.size() == 1 else Spread(layer.num_experts, processes_of(mesh), mesh)
+    return None if mesh is None or mesh.size() == 1 else Spread(layer.num_experts, processes_of(mesh, name), mesh)
 
 
 def _keep_stacked(experts: MLPExperts, spread: Spread, as_dtensors: bool) -> None:

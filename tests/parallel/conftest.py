@@ -8,8 +8,8 @@ from processes import run
 @pytest.fixture(scope="module")
 def trained(request):
     """`trained(case)`: what its training shows on each process. The module's cases of one mesh share a start."""
-    tested = [item.callspec.params.get("case") for item in request.session.items if item.module is request.module]
-    cases = list(dict.fromkeys(case for case in tested if case is not None))
+    tested = [item for item in request.session.items if item.module is request.module and "case" in item.fixturenames]
+    cases = list(dict.fromkeys(item.callspec.params["case"] for item in tested))
     found = {}
 
     def of(case):

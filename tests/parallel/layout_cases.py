@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import fastmoe
 from fastmoe.routers import noise
@@ -84,7 +85,8 @@ class Case:
     Attributes:
         mesh: (name, size) of each dimension.
         shares: how many sequences each process of the batch has.
-        model: "between": the MoE layer between two linear maps; "first": nothing before it; "blocks": two blocks.
+        model: "between": the MoE layer between two linear maps; "first": nothing before it; "checkpointed": it is run
+            again in backward; "blocks": two blocks.
         micro_steps: of each step, all but the last without synchronisation.
     """
 
@@ -159,6 +161,11 @@ class Between(nn.Module):
         return self.last(self.moe(self.first(x), **tokens))
 
 
+class Checkpointed(Between):
+    def forward(self, x, **tokens):
+        return self.last(checkpoint(self.moe, self.first(x), **tokens, use_reentrant=False))
+
+
 class Block(nn.Module):
     def __init__(self, moe):
         super().__init__()
@@ -202,7 +209,8 @@ def build(router, kind, num_experts, _sequences, model):
 
     if model == "blocks":
         return Blocks([layer(), layer()]).double()
-    return Between(layer(), nn.Identity() if model == "first" else nn.Linear(D, D)).double()
+    kind = Checkpointed if model == "checkpointed" else Between
+    return kind(layer(), nn.Identity() if model == "first" else nn.Linear(D, D)).double()
 
 
 def batch(step, sequences):

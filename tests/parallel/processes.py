@@ -37,13 +37,17 @@ def run(world, function, *args, limit=240):
 
 
 @contextmanager
-def started(world, function, *args, timeout=60):
-    """The running processes, each with the connection that its answer comes through. `timeout`: of the gloo group."""
+def started(world, function, *args, timeout=60, together=True):
+    """The running processes, each with the connection that its answer comes through.
+
+    `timeout`: of the gloo group; `together`: they wait for each other before they end.
+    """
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(world):
             here, there = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_process, args=(there, folder, rank, world, timeout, function, args))
+            given = there, f"file://{folder}/rendezvous", rank, world, timeout, together, function, args
+            process = CONTEXT.Process(target=_process, args=given)
             process.start()
             there.close()
             running.append((process, here))
@@ -66,18 +70,14 @@ def answer_of(process, connection, limit):
         return False, f"it ended with exit code {process.exitcode}"
 
 
-def _process(connection, folder, rank, world, timeout, function, args):
+def _process(connection, rendezvous, rank, world, timeout, together, function, args):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout),
-    )
     try:
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=limit)
         answer = True, function(*args)
-        dist.barrier()
+        if together:
+            dist.barrier()
     except BaseException:
         answer = False, traceback.format_exc()
     connection.send_bytes(pickle.dumps(answer))
