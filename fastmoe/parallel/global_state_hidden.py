@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastmoe.experts import MLPExperts
-from fastmoe.parallel.hidden import _dimension, gather_hidden, take_hidden
+from fastmoe.parallel.hidden import gather_hidden, split_dimension, take_hidden
 
 if TYPE_CHECKING:
     from fastmoe.parallel.global_state import Piece
@@ -24,10 +24,10 @@ class HiddenPart:
 
     @property
     def split(self) -> bool:
-        return _dimension(self.param) is not None
+        return split_dimension(self.param) is not None
 
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        dim = _dimension(self.param)
+        dim = split_dimension(self.param)
         return tuple(size * self.experts.tp.size if i == dim else size for i, size in enumerate(shape))
 
 

@@ -35,7 +35,7 @@ def split_hidden(experts: Experts, tp: Processes) -> None:
 
 def take_hidden(experts: MLPExperts, name: str, whole: Tensor) -> Tensor:
     """This process's part of a parameter (or of what is shaped like it); `b2` is not split."""
-    dim = _dimension(name)
+    dim = split_dimension(name)
     if dim is None or experts.tp.size == 1:
         return whole
     halves = whole.chunk(2, dim) if _has_halves(experts, name) else (whole,)
@@ -44,7 +44,7 @@ def take_hidden(experts: MLPExperts, name: str, whole: Tensor) -> Tensor:
 
 def gather_hidden(experts: MLPExperts, name: str, part: Tensor) -> Tensor:
     """The whole of which each process holds the part that `take_hidden` gives it."""
-    dim = _dimension(name)
+    dim = split_dimension(name)
     if dim is None or experts.tp.size == 1:
         return part
     parts = experts.tp.gather(part).unbind()
@@ -53,7 +53,8 @@ def gather_hidden(experts: MLPExperts, name: str, part: Tensor) -> Tensor:
     return torch.cat([part.chunk(2, dim)[half] for half in (0, 1) for part in parts], dim)
 
 
-def _dimension(name: str) -> int | None:
+def split_dimension(name: str) -> int | None:
+    """Along which dimension a parameter is split; None for `b2`, which is not."""
     return {"w1": 1, "b1": 1, "w2": 2, "b2": None}[name]
 
 
