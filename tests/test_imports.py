@@ -21,8 +21,8 @@ RANKS = {
     "parameters": 5, "load_monitor": 5, "token_ids": 5,
     "parallel": 6,
     "convert": 7, "integrations": 7, "models": 7,
-    "train": 8, "bench": 8, "plan": 8,
-    "tune": 9, "check": 9,
+    "train": 8, "bench": 8, "check": 8, "plan": 8,
+    "tune": 9,
     "cli": 10,
     "__main__": 11,
 }  # fmt: skip

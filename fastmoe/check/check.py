@@ -71,8 +71,9 @@ def check_layout(
     _agree_on_batch(problem, layout, together)
     parallelize(problem.model, mesh, engine=engine, tp=tp, chunks=chunks, suppress_duplicates=suppress_duplicates)
     group = dist.new_group([0])
+    rounding = max(tolerance, TOLERANCES[dtype])
     reference = together.each(
-        lambda: refer(make, problem.batch, device, group, shares.size, tolerance) if together.is_first else None
+        lambda: refer(make, problem, device, group, shares.size, rounding) if together.is_first else None
     )
     told = together.all(None if reference is None else (reference.known, reference.settings))[0]
     assert told is not None

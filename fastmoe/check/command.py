@@ -8,8 +8,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+import traceback
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fastmoe.check.check import check_layout
 from fastmoe.check.demo import demo
+from fastmoe.check.processes import join, leave, world_size
 from fastmoe.check.report import Report
 from fastmoe.parallel.layout import DIMENSIONS
-from fastmoe.train.world import World, open_world
 
 if TYPE_CHECKING:
     from fastmoe.check.problem import Answer, Factory
@@ -40,20 +41,33 @@ rows; if none is given, a small model of fastmoe's own with every kind of expert
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; 0: the layouts agree; 1: they do not; 2: that cannot be found out."""
+    """Run the command; 0: the layouts agree; 1: they do not; 2: that cannot be found out.
+
+    Among other processes it ends this one, see `fastmoe.check.processes.leave`.
+    """
     given = _parser().parse_args(arguments)
+    status = 2
     try:
         _check_sizes(given, arguments)
-        with _processes(given.device) as world:
-            report = _check(given, world)
-            if world.is_main:
-                print(report.table(given.verbose), flush=True)
-            world.barrier()
+        report = _check(given, join(given.device))
+        if dist.get_rank() == 0:
+            print(report.table(given.verbose), flush=True)
+        dist.barrier()
+        status = 0 if report.passed else 2 if report.random else 1
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"fastmoe check-layout: {error}", file=sys.stderr)
-        return 2
-    return 0 if report.passed else 2 if report.random else 1
+        _say(error)
+    except Exception:
+        traceback.print_exc()
+    leave(status)
+    return status
+
+
+def _say(error: ValueError) -> None:
+    """Once on each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"fastmoe check-layout: {error}", file=sys.stderr)
+    else:
+        time.sleep(1)  # as soon as one process ends, torchrun ends all: let the one that prints do so
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ep", type=int, default=1, metavar="N", help="processes with other tokens and other experts")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="processes with the same tokens")
     parser.add_argument("--tp-mode", choices=("hidden", "slice"), default="hidden", help="what those along tp divide")
-    parser.add_argument("--engine", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--engine", choices=("ddp", "fsdp"), default="ddp", help="what keeps replicas alike")
     parser.add_argument("--chunks", type=int, default=1, metavar="N", help="parts in which tokens are exchanged")
     parser.add_argument("--suppress-duplicates", action="store_true", help="a token travels once to each process")
     parser.add_argument("--model", metavar="MODULE:FACTORY", help=MODEL)
@@ -79,7 +93,7 @@ def _check_sizes(given: argparse.Namespace, arguments: Sequence[str]) -> None:
     sizes = {name: getattr(given, name) for name in DIMENSIONS}
     if min(sizes.values()) < 1:
         raise ValueError(f"dp, ep and tp must be at least 1, got {sizes}")
-    needed, there = math.prod(sizes.values()), int(os.environ.get("WORLD_SIZE", "1"))
+    needed, there = math.prod(sizes.values()), world_size()
     if needed == there:
         return
     product = " x ".join(f"{name}={size}" for name, size in sizes.items())
@@ -89,24 +103,9 @@ def _check_sizes(given: argparse.Namespace, arguments: Sequence[str]) -> None:
     )
 
 
-@contextmanager
-def _processes(device: str) -> Iterator[World]:
-    """Those that torchrun started, or this one, with a process group of its own."""
-    with open_world(device) as world:
-        if world.group is not None:
-            yield world
-            return
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield world
-        finally:
-            dist.destroy_process_group()
-
-
-def _check(given: argparse.Namespace, world: World) -> Report:
+def _check(given: argparse.Namespace, device: torch.device) -> Report:
     names = DIMENSIONS if given.tp > 1 else DIMENSIONS[:2]
-    mesh = init_device_mesh(world.device.type, tuple(getattr(given, name) for name in names), mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, tuple(getattr(given, name) for name in names), mesh_dim_names=names)
     return check_layout(
         _demo_for(given) if given.model is None else partial(_call, given.model),
         mesh,

@@ -75,8 +75,8 @@ def difference(piece: Piece, whole: Tensor, scale: float) -> float:
     """
     if piece.shape != tuple(whole.shape):
         raise ValueError(
-            f"{piece.name} is {tuple(whole.shape)} on one process and {piece.shape} on many: the model must return "
-            "tensors whose first dimension is that of the batch, or a multiple of it"
+            f"{piece.name} is {tuple(whole.shape)} on one process and {piece.shape} on many: the first dimension of "
+            "what the model returns must be as long as its share of the batch, or a multiple"
         )
     apart = greatest(piece.local.to(whole.device, torch.float64) - part_of(piece, whole).to(torch.float64))
     return 0.0 if apart == 0 else apart / scale if scale else math.inf

@@ -32,7 +32,7 @@ class Demo(nn.Module):
         for layer in (self.stacked, self.gated, self.limited, self.modules_too):
             if layer is not None:
                 x = x + layer(torch.tanh(x))
-        return self.last(x)
+        return x + self.last(x)
 
 
 def _expert() -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,37 +29,48 @@ class Settings:
     eps: float
 
 
-def probe(problem: Problem, shares: int, tolerance: float) -> Settings:
+def probe(problem: Problem, shares: int, rounding: float) -> Settings:
     """Run a forward and a backward pass over the whole batch; the model is spent afterwards.
 
     Raises:
-        ValueError: there is no gradient; the loss is not the mean of those of as many equal shares.
+        ValueError: there is no gradient, or it is not finite; the loss is not the mean of those of equal shares.
     """
     model, batch = problem.model, problem.batch
     output = model(batch[0])
     loss = problem.loss_of(output, batch)
     if not loss.requires_grad:
         raise ValueError("the loss has no gradient: it must be computed from the model's output by operations with one")
-    check_mean(problem, output, loss.item(), shares, tolerance)
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"on one process the loss of the first step is {loss.item()}: there is nothing to compare")
+    check_mean(problem, output, loss.item(), shares, rounding)
     loss.backward()
     return settings_for(model)
 
 
 @torch.no_grad()
-def check_mean(problem: Problem, output: object, whole: float, shares: int, tolerance: float) -> None:
+def check_mean(problem: Problem, output: object, whole: float, shares: int, rounding: float) -> None:
     """Only of a mean over the batch's rows is the mean over processes the loss of the whole batch."""
     total = 0.0
     for i in range(shares):
-
-        def part(x: object, i: int = i) -> object:
-            return x.chunk(shares)[i] if isinstance(x, Tensor) and x.dim() else x
-
-        total += problem.loss_of(tree_map(part, output), tuple(t.chunk(shares)[i] for t in problem.batch)).item()
-    if not abs(total / shares - whole) <= tolerance * max(abs(whole), abs(total / shares)):
+        part = partial(_part, i=i, shares=shares, rows=problem.rows)
+        total += problem.loss_of(tree_map(part, output), tuple(map(part, problem.batch))).item()
+    if not abs(total / shares - whole) <= rounding * max(abs(whole), abs(total / shares)):
         raise ValueError(
             f"the loss must be a mean over the batch's rows: of the whole batch it is {whole:.6g}, the mean over "
             f"{shares} equal shares is {total / shares:.6g}"
         )
+
+
+def _part(x: Any, i: int, shares: int, rows: int) -> Any:
+    """One of equal shares of a tensor that has rows; of anything else all."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    if len(x) % rows:
+        raise ValueError(
+            f"the model must return tensors whose first dimension is that of the batch, {rows}, or a multiple of it; "
+            f"got {tuple(x.shape)}"
+        )
+    return x.tensor_split(shares)[i]
 
 
 def settings_for(model: nn.Module) -> Settings:

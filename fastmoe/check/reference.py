@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastmoe._processes import ALONE
 from fastmoe.check.compare import Entry, entries
@@ -30,35 +29,38 @@ class Reference(NamedTuple):
 
 def refer(
     make: Callable[[], Problem],
-    batch: tuple[Tensor, ...],
+    parallel: Problem,
     device: torch.device,
     group: ProcessGroup,
     shares: int,
-    tolerance: float,
+    rounding: float,
 ) -> Reference:
     """Train on the whole batch twice, with other random numbers.
 
     Args:
         make: builds the model anew.
-        batch: all of it.
+        parallel: what is compared with it; has the batch.
         device: of model and batch.
         group: of this process alone.
         shares: into how many the layout divides the batch.
-        tolerance: for the mean of the shares' losses.
+        rounding: by which the mean of the shares' losses may differ from that of the whole batch.
 
     Raises:
-        ValueError: the model has no gradient, or its loss is no mean.
+        ValueError: the model is not new, has no gradient, or its loss is no mean.
     """
 
     def alone() -> Problem:
-        problem = replace(make(), batch=batch).on(device)
+        problem = replace(make(), batch=parallel.batch).on(device)
+        if set(problem.model.parameters()) & set(parallel.model.parameters()):
+            raise ValueError("the factory must build the model anew whenever it is called, with parameters of its own")
         set_stats_group(problem.model, group)
         return problem
 
-    settings = probe(alone(), shares, tolerance)
-    records = []
-    for _ in range(2):
+    def run() -> Record:
         problem = alone()
         torch.seed()
-        records.append(train(problem, ALONE, settings))
-    return Reference(records[0], entries(*records), settings)
+        return train(problem, ALONE, settings)
+
+    settings = probe(alone(), shares, rounding)
+    record, again = run(), run()
+    return Reference(record, entries(record, again), settings)

@@ -84,8 +84,8 @@ class Report:
         elif self.random:
             largest = max(d.alone for d in self.differences)
             yield (
-                f"UNDECIDED: training draws random numbers, two runs on one process differ by up to {largest:.1e}; "
-                "switch them off (dropout, a router's noise or jitter) to compare layouts"
+                f"UNDECIDED: two runs on one process differ by up to {largest:.1e}, because training draws random "
+                "numbers: switch them off (dropout, a router's noise or jitter) to compare layouts"
             )
         else:
             failed = self.failed

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import fastmoe
 from fastmoe.models import GPT, GPTConfig
+from fastmoe.models.gpt import Block
 from fastmoe.routers import get_router
-from fastmoe.train.config import Kind, OptimConfig, TrainConfig
+from fastmoe.train.config import Kind, OptimConfig, ParallelConfig, TrainConfig
 
 BIASES = {"bias", "b1", "b2"}
 VOCAB_SIZE = 256
@@ -71,6 +73,18 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     if twice:
         raise ValueError(f"leave {', '.join(twice)} out of router_options: the training command sets it")
     return {**fixed, **moe.router_options}
+
+
+def spread(model: GPT, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+    """Spread the model over the processes of a mesh, in place."""
+    fastmoe.parallelize(
+        model,
+        mesh,
+        engine=parallel.engine,
+        chunks=parallel.ep_chunks,
+        suppress_duplicates=parallel.suppress_duplicates,
+        blocks=(Block,) if parallel.engine == "fsdp" else (),
+    )
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -1,79 +1,90 @@
-"""Checkpoints that survive a kill at any moment.
+"""The checkpoints of a run: which there are, the newest that can be read, and which of them go.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed: under its own name there is only ever
-a whole one. It holds tensors and plain Python values, for `torch.load(..., weights_only=True)`.
+Each is a folder `step-<number>` that `fastmoe.save` wrote: under that name there is only ever a whole one. `extra`, in
+its `fastmoe.json`, is what the run knows of itself.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from fastmoe.parallel import CollectiveError
+from fastmoe.parallel.checkpoint_folder import CheckpointFolder, remove
+from fastmoe.parallel.checkpoint_read import open_checkpoint
+from fastmoe.parallel.checkpoint_together import Together
 
-NAME = re.compile(r"step-(\d+)\.pt")
-TEMPORARY = ".partial"
+T = TypeVar("T")
+
+NAME = re.compile(r"step-(\d+)")
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
 
 
+class OtherRunError(ValueError):
+    """A checkpoint that is whole, but of another model or other data."""
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in the folder, newest first."""
-    steps = {path: int(match[1]) for path in folder.glob("step-*.pt") if (match := NAME.fullmatch(path.name))}
+    """Those in the folder, newest first."""
+    steps = {path: int(match[1]) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
-    """Write `state` as this step's checkpoint, then delete all but the `keep` newest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
-    partial = path.with_suffix(TEMPORARY)
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(folder)
-    for old in [*checkpoints(folder)[keep:], *folder.glob(f"step-*{TEMPORARY}")]:
-        old.unlink()
-    return path
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the rename itself to the disk; Windows has no such call for folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read; None where there is none.
+def read_extra(path: Path) -> dict[str, Any]:
+    """What the run knew of itself.
 
     Raises:
+        ValueError: there is no checkpoint, or files of it are missing or too short.
+    """
+    opened = open_checkpoint(CheckpointFolder.of(path))
+    opened.check_files()
+    return opened.document["extra"]
+
+
+def newest(folder: Path, read: Callable[[Path], T], together: Together | None = None) -> T | None:
+    """What `read` makes of the newest checkpoint that it can read; None where there is none.
+
+    Every process of `together` calls it, with a `read` that fails on all of them or on none.
+
+    Raises:
+        OtherRunError: as `read` does.
         ValueError: there are checkpoints, and none of them can be read.
     """
-    found = checkpoints(folder)
-    for path in found:
+    together = together or Together()
+    paths = together.all(checkpoints(folder))[0]
+    for path in paths:
         try:
-            return path, load(path)
+            return read(path)
+        except (CollectiveError, OtherRunError):
+            raise
         except UNREADABLE as error:
-            warnings.warn(f"{path} cannot be read, trying the one before it: {error}", stacklevel=2)
-    if found:
-        raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read")
+            if together.is_first:
+                warnings.warn(f"{path} cannot be read, trying the one before it: {error}", stacklevel=2)
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} can be read")
     return None
 
 
-def delete_all(folder: Path) -> None:
-    for path in [*checkpoints(folder), *folder.glob(f"step-*{TEMPORARY}")]:
-        path.unlink()
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest, and what killed saves left."""
+    for path in checkpoints(folder)[keep:]:
+        delete(path)
+    for path in folder.glob("step-*.partial"):
+        remove(path)
+
+
+def delete(path: Path) -> None:
+    """At once, as far as its name goes: a kill on the way leaves no part of a checkpoint under it."""
+    going = CheckpointFolder.of(path).partial
+    remove(going)
+    if path.exists():
+        path.rename(going)
+        remove(going)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -13,17 +14,20 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from fastmoe.parallel import CollectiveError
 from fastmoe.train.config import TrainConfig
+from fastmoe.train.failure import RunError
 from fastmoe.train.options import merge, preset, read_toml
 from fastmoe.train.run import run, set_up
-from fastmoe.train.world import open_world
+from fastmoe.train.world import leave, leaving_when_it_fails, open_world
 
 DESCRIPTION = """Train a byte-level GPT: dense, as a Mixture-of-Experts, or both side by side (--mode compare).
 
 Options come from a preset, then a TOML file over it, then flags over both. In the file, options stand in the sections
-[model], [moe], [data], [optim] and [run]; mode and preset stand above them. To train on two processes:
+[model], [moe], [data], [optim], [parallel] and [run]; mode and preset stand above them. To train on two processes,
+with the experts spread over both:
 
-    torchrun --nproc-per-node 2 -m fastmoe train ..."""
+    torchrun --nproc-per-node 2 -m fastmoe train --ep 2 ..."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,27 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 0: done, or stopped by a signal; 1: training went wrong; 2: it cannot be run as asked."""
-    with ExitStack() as stack:
+    with leaving_when_it_fails(), ExitStack() as stack:
         try:
             config = parse(arguments)
-            world = stack.enter_context(open_world(config.run.device))
+            world = stack.enter_context(open_world(config.run.device, config.parallel))
             console = Console(quiet=not world.is_main, highlight=False)
             trainers = set_up(config, world, console)
         except ValueError as error:
             return fail(error, status=2)
+        except RunError as error:
+            return fail(error, status=1)
         try:
             run(trainers, console)
-        except FloatingPointError as error:
+        except (FloatingPointError, RunError) as error:
             return fail(error, status=1)
     return 0
 
 
 def fail(error: Exception, status: int) -> int:
+    cause = error.__cause__ if isinstance(error, RunError) else None
+    if isinstance(cause, RuntimeError) and not isinstance(cause, CollectiveError):
+        traceback.print_exception(cause)
     print(f"fastmoe train: {error}", file=sys.stderr)
+    leave(status)
     return status

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 
 from fastmoe.train.config import RunConfig
+from fastmoe.train.failure import during
 from fastmoe.train.trainer import Trainer
 
 
@@ -44,12 +45,17 @@ def train(trainers: Sequence[Trainer], observers: Sequence[Observer], stop: Call
     """Train all to their last step. When `stop` says so on any process, save all and return False.
 
     Trainers take turns, so that whatever else the machine does slows them alike.
+
+    Raises:
+        RunError: what went wrong, and in which step.
+        FloatingPointError: a loss that is not finite.
     """
     for boundary in boundaries(trainers[0].config.optim.steps, trainers[0].config.run):
         for trainer in trainers:
             if not advance(trainer, boundary, observers, stop):
                 for each in trainers:
-                    each.save()
+                    with during(f"{each.kind}, step {each.step}"):
+                        each.save()
                 return False
     return True
 
@@ -61,22 +67,29 @@ def boundaries(steps: int, run: RunConfig) -> Iterable[int]:
 
 def advance(trainer: Trainer, boundary: int, observers: Sequence[Observer], stop: Callable[[], bool]) -> bool:
     """Step until `boundary` and evaluate there, unless that is done; False if stopped on the way."""
-    run = trainer.config.run
     while trainer.step < boundary:
-        trainer.take_step()
-        if trainer.step % run.log_every == 0:
-            trainer.flush()
-            for observer in observers:
-                observer.logged(trainer)
-        if trainer.step == boundary:
-            evaluate(trainer, observers)
-        if trainer.step % run.checkpoint_every == 0 or trainer.step == trainer.config.optim.steps:
-            trainer.save()
-        if trainer.world.any(stop()):
-            return False
+        with during(f"{trainer.kind}, step {trainer.step + 1}"):
+            step(trainer, boundary, observers)
+            if trainer.world.any(stop()):
+                return False
     if not trainer.history.valid_steps:
-        evaluate(trainer, observers)
+        with during(f"{trainer.kind}, step {trainer.step}"):
+            evaluate(trainer, observers)
     return True
+
+
+def step(trainer: Trainer, boundary: int, observers: Sequence[Observer]) -> None:
+    """One step, and what is due after it."""
+    run = trainer.config.run
+    trainer.take_step()
+    if trainer.step % run.log_every == 0:
+        trainer.flush()
+        for observer in observers:
+            observer.logged(trainer)
+    if trainer.step == boundary:
+        evaluate(trainer, observers)
+    if trainer.step % run.checkpoint_every == 0 or trainer.step == trainer.config.optim.steps:
+        trainer.save()
 
 
 def evaluate(trainer: Trainer, observers: Sequence[Observer]) -> None:

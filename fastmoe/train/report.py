@@ -94,7 +94,7 @@ def count(steps: float | None) -> str:
 
 
 def sample_text(trainer: Trainer, n: int) -> str:
-    """`n` bytes that the model writes after a line break."""
+    """`n` bytes that the model writes after a line break; all processes call it, since they share the experts."""
     device = trainer.world.device
     generator = torch.Generator(device).manual_seed(mix(trainer.config.run.seed, -1))
     prompt = torch.tensor([list(b"\n")], device=device)

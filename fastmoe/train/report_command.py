@@ -55,9 +55,9 @@ def report(run_dir: Path) -> str:
 
 def read_history(run_dir: Path, kind: str) -> dict[str, Any] | None:
     """Of the newest checkpoint; without one, of results.json; None where the run has no such model."""
-    found = checkpoint.load_newest(run_dir / kind)
+    found = checkpoint.newest(run_dir / kind, checkpoint.read_extra)
     if found is not None:
-        return found[1]["history"]
+        return found["history"]
     results = run_dir / "results.json"
     if not results.is_file():
         return None

@@ -12,6 +12,7 @@ from fastmoe.train import checkpoint
 from fastmoe.train.config import NAMES, Kind, TrainConfig
 from fastmoe.train.corpus import load_corpus
 from fastmoe.train.display import ProgressDisplay, TensorBoard
+from fastmoe.train.failure import during
 from fastmoe.train.load import LoadObserver
 from fastmoe.train.loop import Observer, StopSignals, train
 from fastmoe.train.report import outcomes, sample_text, table, write_artefacts
@@ -24,8 +25,14 @@ def set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]
 
     Raises:
         ValueError: the config does not fit its data, its checkpoints or the number of processes.
+        RunError: another process died.
     """
-    corpus = load_corpus(config.data.path)
+    with during("set-up"):
+        return _set_up(config, world, console)
+
+
+def _set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]:
+    corpus = world.together.each(lambda: load_corpus(config.data.path))
     console.print(str(corpus))
     kinds: tuple[Kind, ...] = ("dense", "moe") if config.mode == "compare" else (config.mode,)
     trainers = [Trainer(config, kind, corpus, world) for kind in kinds]
@@ -43,33 +50,39 @@ def set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]
 
 
 def run(trainers: list[Trainer], console: Console) -> None:
-    """Train, and report unless a signal stopped it."""
-    if train_watched(trainers, console):
-        report(trainers, console)
-    trainers[0].world.barrier()
+    """Train, and report unless a signal stopped it.
+
+    Raises:
+        RunError, FloatingPointError: see `train`.
+    """
+    finished = train_watched(trainers, console)
+    with during("report"):
+        if finished:
+            report(trainers, console)
+        trainers[0].world.barrier()
 
 
 def resume(trainer: Trainer, console: Console) -> None:
-    found = checkpoint.load_newest(trainer.folder)
+    found = checkpoint.newest(trainer.folder, trainer.restore, trainer.world.together)
     if found is None:
         console.print(f"{NAMES[trainer.kind]}: no checkpoint in {trainer.folder}, starting anew")
-        return
-    trainer.restore(*found)
-    console.print(f"{NAMES[trainer.kind]}: resumed from {found[0]}")
+    else:
+        console.print(f"{NAMES[trainer.kind]}: resumed from {found}")
 
 
 def start_anew(trainer: Trainer) -> None:
-    earlier = checkpoint.checkpoints(trainer.folder)
+    earlier = trainer.world.together.all(checkpoint.checkpoints(trainer.folder))[0]
     if earlier and not trainer.config.run.overwrite:
         raise ValueError(f"{earlier[0]} is of an earlier run: give --resume, --overwrite or another --out")
     if trainer.world.is_main:
-        checkpoint.delete_all(trainer.folder)
+        checkpoint.prune(trainer.folder, keep=0)
 
 
 def train_watched(trainers: list[Trainer], console: Console) -> bool:
     """Train to the end and return True, or until a signal comes and return False."""
     config, world = trainers[0].config, trainers[0].world
     with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
         observers: list[Observer] = []
         if config.run.monitor:
             observers.append(stack.enter_context(LoadObserver(trainers, console)))
@@ -77,7 +90,7 @@ def train_watched(trainers: list[Trainer], console: Console) -> bool:
             observers.append(stack.enter_context(ProgressDisplay(console, trainers)))
             if config.run.tensorboard:
                 observers.append(stack.enter_context(TensorBoard(trainers)))
-        finished = train(trainers, observers, stack.enter_context(StopSignals()))
+        finished = train(trainers, observers, stop)
     if not finished:
         steps = ", ".join(f"{NAMES[trainer.kind]} at step {trainer.step}" for trainer in trainers)
         console.print(f"stopped by a signal; saved {steps} in {config.run.out}. Continue with --resume")
@@ -86,9 +99,9 @@ def train_watched(trainers: list[Trainer], console: Console) -> bool:
 
 def report(trainers: list[Trainer], console: Console) -> None:
     results = outcomes(trainers)
+    text = sample_text(trainers[-1], trainers[0].config.run.sample_bytes)
     if not trainers[0].world.is_main:
         return
-    text = sample_text(trainers[-1], trainers[0].config.run.sample_bytes)
     paths = write_artefacts(trainers, results, text)
     console.print(table(results))
     console.print(f"text sampled from the {NAMES[trainers[-1].kind]} model:")

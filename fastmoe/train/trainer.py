@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import fastmoe
 from fastmoe._seeds import mix
 from fastmoe.train import checkpoint
 from fastmoe.train.batches import Share, draw_batch, held_out
-from fastmoe.train.build import autocast_dtype, build_model, build_optimizer, learning_rate
+from fastmoe.train.build import autocast_dtype, build_model, build_optimizer, learning_rate, spread
 from fastmoe.train.config import Kind, TrainConfig
 from fastmoe.train.corpus import Corpus
 from fastmoe.train.history import BITS, History
@@ -31,12 +30,12 @@ class Trainer:
         self.config, self.kind, self.corpus, self.world = config, kind, corpus, world
         self.folder = config.run.out / kind
         self.model = build_model(config, kind).to(world.device)
+        if world.mesh is not None:
+            spread(self.model, world.mesh, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.dtype = autocast_dtype(config.run.precision, world.device)
-        self.parallel: nn.Module = self.model
-        if world.group is not None:
-            self.parallel = DistributedDataParallel(self.model, process_group=world.group)
         self.step = 0
+        self.saved: int | None = None
         self._check_data()
         self.history = History()
         self.grad_norm = torch.zeros(())
@@ -55,7 +54,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, optim)
         losses = [self._micro_step(i) for i in range(optim.grad_accumulation)]
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf)
+        self.grad_norm = fastmoe.clip_grad_norm_(self.model, optim.grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.pending_losses.append(torch.stack(losses).mean())
@@ -67,7 +66,7 @@ class Trainer:
         tokens_BS, targets_BS = self._draw_batch(index)
         with self._no_sync(is_last=index == micro_steps - 1):
             with self._autocast():
-                _, loss = self.parallel(tokens_BS.to(self.world.device), targets_BS.to(self.world.device))
+                _, loss = self.model(tokens_BS.to(self.world.device), targets_BS.to(self.world.device))
             (loss / micro_steps).backward()
         return loss.detach()
 
@@ -83,9 +82,7 @@ class Trainer:
         )
 
     def _no_sync(self, is_last: bool) -> AbstractContextManager[None]:
-        if isinstance(self.parallel, DistributedDataParallel) and not is_last:
-            return self.parallel.no_sync()
-        return nullcontext()
+        return nullcontext() if is_last or self.world.mesh is None else fastmoe.no_sync(self.model)
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=self.dtype is not None)
@@ -116,19 +113,22 @@ class Trainer:
 
     @torch.no_grad()
     def loss_on(self, data: Tensor) -> float:
-        """Bits per byte on the fixed held-out windows of `data`, which the processes share out."""
-        config = self.config
+        """Bits per byte on the fixed held-out windows of `data`, which the processes share out.
+
+        All processes call the model equally often; one without a window takes the first, which does not count there.
+        """
+        config, world = self.config, self.world
         tokens_BS, targets_BS = held_out(data, config.model.block_size, config.data.eval_sequences)
-        mine = slice(self.world.rank, None, self.world.size)
         total = torch.zeros(2, dtype=torch.float64)
         self.model.eval()
-        rows = max(1, config.optim.batch_size)
-        for tokens, targets in zip(tokens_BS[mine].split(rows), targets_BS[mine].split(rows), strict=True):
+        for windows in torch.arange(len(tokens_BS)).split(config.optim.batch_size * world.size):
+            mine = windows[world.rank :: world.size]
+            rows = mine if len(mine) else windows[:1]
             with self._autocast():
-                _, loss = self.model(tokens.to(self.world.device), targets.to(self.world.device))
-            total += torch.tensor([loss.item() * len(tokens), len(tokens)])
+                _, loss = self.model(tokens_BS[rows].to(world.device), targets_BS[rows].to(world.device))
+            total += torch.tensor([loss.item() * len(mine), len(mine)])
         self.model.train()
-        nats, sequences = self.world.sum(total.to(self.world.device)).tolist()
+        nats, sequences = world.sum(total.to(world.device)).tolist()
         return nats / sequences * BITS
 
     def expert_load(self) -> list[list[float]]:
@@ -142,38 +142,52 @@ class Trainer:
         return loads
 
     def save(self) -> None:
-        """Write a checkpoint: all processes call it, the first one writes."""
+        """Write a checkpoint of this step, if there is none yet; all processes call it."""
+        if self.saved == self.step:
+            return
         self.flush()
+        path = checkpoint.path_of(self.folder, self.step)
         if self.world.is_main:
-            checkpoint.save(self.state(), self.folder, self.step, self.config.run.keep_checkpoints)
+            checkpoint.delete(path)
+        fastmoe.save(self.model, self.optimizer, path, extra=self._extra())
+        self.saved = self.step
+        if self.world.is_main:
+            checkpoint.prune(self.folder, self.config.run.keep_checkpoints)
 
-    def state(self) -> dict[str, Any]:
+    def _extra(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "history": self.history.to_plain(),
             "config": to_plain(self.config),
             "corpus": self.corpus.sha256,
         }
 
-    def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, with this run's optimizer options.
+    def restore(self, path: Path) -> Path:
+        """Go on from a checkpoint, with this run's optimizer options; all processes call it.
 
         Raises:
-            ValueError: the checkpoint is of another model, MoE or corpus.
+            OtherRunError: the checkpoint is of another model, MoE or corpus.
+            ValueError, OSError, RuntimeError: it cannot be read.
         """
+        extra = self.world.together.each(lambda: checkpoint.read_extra(path))
+        self._check_same_run(path, extra)
+        options = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        fastmoe.load(self.model, self.optimizer, path)
+        for group, own in zip(self._groups, options, strict=True):
+            group.update(own)
+        self.history = History(**extra["history"])
+        self.step = self.saved = extra["step"]
+        return path
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def _check_same_run(self, path: Path, extra: dict[str, Any]) -> None:
         plain = to_plain(self.config)
         for section in ("model", "moe"):
-            if state["config"][section] != plain[section]:
-                raise ValueError(
-                    f"{path} was trained with {section} = {state['config'][section]}; now {plain[section]}"
-                )
-        if state["corpus"] != self.corpus.sha256:
-            raise ValueError(f"{path} was trained on other data than {self.corpus.name}")
-        self.model.load_state_dict(state["model"])
-        own_options = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_options})
-        self.history = History(**state["history"])
-        self.step = state["step"]
+            if (then := extra["config"][section]) != plain[section]:
+                raise checkpoint.OtherRunError(f"{path} was trained with {section} = {then}; now {plain[section]}")
+        if extra["corpus"] != self.corpus.sha256:
+            raise checkpoint.OtherRunError(f"{path} was trained on other data than {self.corpus.name}")

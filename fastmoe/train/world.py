@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastmoe._processes import Processes, collective
+from fastmoe.parallel.checkpoint_together import Together
+from fastmoe.train.config import ParallelConfig
+
+DATA_PARALLEL = ParallelConfig()
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `group` is None where it is alone."""
+    """This process among `size`; `mesh` has dimensions dp and ep, and is None where the process is alone."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes of the run."""
+        return None if self.mesh is None else dist.group.WORLD
+
+    @property
+    def together(self) -> Together:
+        return Together(self.group, self.rank, self.size)
+
     def sum(self, x: Tensor) -> Tensor:
         """`x` summed over all processes."""
-        if self.group is None:
-            return x
-        x = x.clone()
-        dist.all_reduce(x, group=self.group)
-        return x
+        return Processes(self.group, self.rank, self.size).sum(x)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any process; all get the same answer."""
@@ -42,23 +57,64 @@ class World:
     def barrier(self) -> None:
         """Wait for all processes. Do so before leaving: gloo (torch 2.13) can abort a process that leaves early."""
         if self.group is not None:
-            dist.barrier(self.group)
+            with collective():
+                dist.barrier(self.group)
 
 
 @contextmanager
-def open_world(device: str) -> Iterator[World]:
-    """Join the process group that torchrun described in the environment, if it did."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+def open_world(device: str, parallel: ParallelConfig = DATA_PARALLEL) -> Iterator[World]:
+    """Join the process group that torchrun described in the environment, if it did, and leave it if all goes well.
+
+    Raises:
+        ValueError: a device that is not there, or an ep that does not divide the number of processes.
+    """
+    size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    if (size or 1) % parallel.ep:
+        raise ValueError(
+            f"ep must divide the number of processes; got ep={parallel.ep} and {size or 1}: "
+            "start as many as you want with torchrun --nproc-per-node"
+        )
+    if size is None:
         yield World(find_device(device, local_rank=0))
         return
     found = find_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    timeout = timedelta(seconds=parallel.timeout)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=timeout)
+    yield World(found, dist.get_rank(), size, make_mesh(found, size, parallel.ep, timeout))
+    dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device, size: int, ep: int, timeout: timedelta) -> DeviceMesh:
+    """Data parallelism outside, expert parallelism inside: among neighbours, which are often on one machine."""
+    mesh = init_device_mesh(device.type, (size // ep, ep), mesh_dim_names=("dp", "ep"))
+    for group in mesh.get_all_groups():
+        group.set_timeout(timeout)  # PyTorch gives new groups its own default
+    return mesh
+
+
+@contextmanager
+def leaving_when_it_fails() -> Iterator[None]:
+    """What nobody catches inside is printed, and ends a process among others at once; see `leave`."""
     try:
-        yield World(found, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+        yield
+    except BaseException:
+        if dist.is_initialized():
+            traceback.print_exc()
+            leave(1)
+        raise
+
+
+def leave(status: int) -> None:
+    """End a process among others at once; where there are no others, return.
+
+    Python's own end would wait for exchanges that the others, dead or hanging, never answer.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def find_device(name: str, local_rank: int) -> torch.device:

@@ -363,8 +363,12 @@ def assert_close(got, expected, what):
         assert got.keys() == expected.keys(), what
         for name in expected:
             assert_close(got[name], expected[name], f"{what}, {name}")
-    elif not (isinstance(got, torch.Tensor) and got.shape == expected.shape and torch.equal(got, expected)):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{what}: {m}")
+    elif expected is None or got is None:
+        assert got is expected, what
+    else:
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype), what
+        if not torch.allclose(got, expected, rtol=1e-10, atol=1e-10):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{what}: {m}")
 
 
 def assert_as_one(case, by_rank):

@@ -3,9 +3,9 @@
 They are forked from a server that has imported what they need, where the system can: to start them costs little.
 """
 
+import io
 import multiprocessing
 import os
-import pickle
 import tempfile
 import traceback
 from contextlib import contextmanager
@@ -64,7 +64,7 @@ def answer_of(process, connection, limit):
     if not connection.poll(limit):
         return False, f"no answer within {limit} s"
     try:
-        return pickle.loads(connection.recv_bytes())
+        return torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
     except EOFError:
         process.join()
         return False, f"it ended with exit code {process.exitcode}"
@@ -80,5 +80,7 @@ def _process(connection, rendezvous, rank, world, timeout, together, function, a
             dist.barrier()
     except BaseException:
         answer = False, traceback.format_exc()
-    connection.send_bytes(pickle.dumps(answer))
+    written = io.BytesIO()
+    torch.save(answer, written)
+    connection.send_bytes(written.getbuffer())
     os._exit(0)  # not to wait for a process that is not there any more

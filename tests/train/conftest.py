@@ -1,8 +1,19 @@
 """A run small enough to be trained within a second."""
 
 import pytest
+import torch
+from tiny_run import change
 
 from fastmoe.train.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes that tests start; more would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -25,3 +36,10 @@ def tiny(tmp_path, text_file):
             out=tmp_path / "run", log_every=2, eval_every=5, checkpoint_every=4, sample_bytes=20, device="cpu"
         ),
     )
+
+
+@pytest.fixture
+def long(tiny):
+    """Long enough to be stopped on its way; a checkpoint at every step."""
+    optim = {"steps": 200, "lr": 1e-3}
+    return change(tiny, optim=optim, run={"checkpoint_every": 1, "eval_every": 50, "tensorboard": False})

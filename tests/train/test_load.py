@@ -1,10 +1,11 @@
 """`--monitor` and `fastmoe report`."""
 
 import json
+import shutil
 
 import pytest
 from rich.console import Console
-from tiny_run import as_flags, change, start
+from tiny_run import as_flags, change, finish, start, torchrun
 
 from fastmoe import cli
 from fastmoe.monitor.sinks.jsonl import read_jsonl
@@ -40,8 +41,8 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_is(watched):
     train(watched)
     folder = watched.run.out / "moe"
     whole = (folder / "load.jsonl").read_bytes()
-    (folder / "step-00000012.pt").unlink()
-    (watched.run.out / "dense" / "step-00000012.pt").unlink()
+    for kind in ("dense", "moe"):
+        shutil.rmtree(watched.run.out / kind / "step-00000012")
     with (folder / "load.jsonl").open("ab") as file:
         file.write(b'{"step": 14, "lay')
     train(change(watched, run={"resume": True}))
@@ -49,14 +50,10 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_is(watched):
     assert (folder / "load.jsonl").read_bytes() == whole
 
 
-def test_two_processes_write_the_load_of_both(watched, tmp_path):
-    one = change(watched, model={"dropout": 0.0}, moe={"aux_loss_weight": 0.0}, run={"tensorboard": False})
-    two = change(one, run={"out": tmp_path / "two"})
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "fastmoe", "train")
-    process = start([*as_flags(two), "--mode", "moe"], torchrun)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    records = read_jsonl(two.run.out / "moe" / "load.jsonl")
+def test_two_processes_write_the_load_of_both(watched):
+    config = change(watched, mode="moe", parallel={"ep": 2}, run={"tensorboard": False})
+    finish(start(as_flags(config), torchrun(2)))
+    records = read_jsonl(config.run.out / "moe" / "load.jsonl")
     assert [step for step, _ in records] == [2, 4, 6, 8, 10, 12]
     assert {load.rows for _, snapshot in records for load in snapshot.values()} == {2 * 4 * 16 * 2}
 
@@ -84,7 +81,7 @@ def test_report_from_results_alone(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, {}, {"results.json": "{"}, {"moe/load.jsonl": "{}\n"}, {"moe/step-1.pt": ""}]
+    "content", [None, {}, {"results.json": "{"}, {"moe/load.jsonl": "{}\n"}, {"moe/step-1/fastmoe.json": ""}]
 )
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_report_where_there_is_no_run(content, tmp_path, capsys):
@@ -92,7 +89,7 @@ def test_report_where_there_is_no_run(content, tmp_path, capsys):
     if content is not None:
         folder.mkdir()
         for name, text in content.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
     assert cli.main(["report", str(folder)]) == 2
     assert str(folder) in capsys.readouterr().err

@@ -103,5 +103,5 @@ def test_a_saved_config_reads_back(name):
 def test_names_of_options_are_unique_since_flags_have_no_section():
     sections = [field.default_factory for field in fields(TrainConfig) if is_dataclass(field.default_factory)]
     names = [field.name for section in sections for field in fields(section)]
-    assert len(sections) == 5
+    assert len(sections) == 6
     assert len(names) == len(set(names))

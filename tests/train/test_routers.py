@@ -38,7 +38,7 @@ def test_a_resumed_run_has_exactly_the_losses_of_an_uninterrupted_one(tiny, tmp_
     first = make_trainer(stopped)
     assert not train([first], [], lambda: first.step == 7)
     second = make_trainer(stopped)
-    second.restore(*checkpoint.load_newest(second.folder))
+    checkpoint.newest(second.folder, second.restore)
     assert train([second], [], lambda: False)
     assert second.history.losses == whole.history.losses
     for key, tensor in whole.model.state_dict().items():
@@ -118,4 +118,4 @@ def test_a_checkpoint_with_other_router_options_is_refused(tiny):
     train([trainer], [], lambda: False)
     another = make_trainer(with_router(tiny, "switch", {"jitter": 0.3}))
     with pytest.raises(ValueError, match=r"was trained with moe = .* now"):
-        another.restore(*checkpoint.load_newest(another.folder))
+        checkpoint.newest(another.folder, another.restore)

@@ -18,7 +18,7 @@ def test_compare_leaves_all_artefacts(tiny, capsys):
     out = tiny.run.out
     assert names(out) == ["curves.png", "dense", "expert_load.png", "moe", "results.json", "sample.txt"]
     for kind in ("dense", "moe"):
-        assert names(out / kind) == ["step-00000008.pt", "step-00000012.pt", "tensorboard"]
+        assert names(out / kind) == ["step-00000008", "step-00000012", "tensorboard"]
         assert any(path.stat().st_size > 500 for path in (out / kind / "tensorboard").iterdir())
     for name in ("curves.png", "expert_load.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -70,7 +70,7 @@ def test_an_earlier_run_is_neither_overwritten_nor_mixed_in_silently(tiny, capsy
     assert main(as_flags(tiny)) == 2
     assert "is of an earlier run: give --resume, --overwrite or another --out" in capsys.readouterr().err
     assert main([*as_flags(tiny), "--overwrite", "--steps", "4"]) == 0
-    assert names(tiny.run.out / "moe") == ["step-00000004.pt", "tensorboard"]
+    assert names(tiny.run.out / "moe") == ["step-00000004", "tensorboard"]
 
 
 def test_resume_without_a_checkpoint_starts_and_after_the_end_only_reports(tiny, capsys):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tiny_run import change, make_trainer
+from torch.distributed.checkpoint import FileSystemReader
 
 from fastmoe.train import checkpoint
 from fastmoe.train.loop import train
@@ -27,7 +28,7 @@ def test_a_resumed_run_has_exactly_the_losses_of_an_uninterrupted_one(tiny, tmp_
     first = make_trainer(stopped, kind)
     assert not train([first], [], lambda: first.step == 7)
     second = make_trainer(stopped, kind)
-    second.restore(*checkpoint.load_newest(second.folder))
+    checkpoint.newest(second.folder, second.restore)
     assert second.step == 7
     torch.manual_seed(12345)
     assert train([second], [], never)
@@ -104,13 +105,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny):
         trainer.flush()
 
 
-def test_a_checkpoint_holds_plain_values_only(tiny):
+def test_a_checkpoint_holds_the_model_and_what_the_run_knows_of_itself(tiny):
     trainer = make_trainer(change(tiny, optim={"steps": 4}))
     train([trainer], [], never)
-    state = torch.load(trainer.folder / "step-00000004.pt", weights_only=True)
-    assert state["step"] == 4
-    assert state["config"]["optim"]["steps"] == 4
-    assert "blocks.0.mlp.experts.w1" in state["model"]
+    path = trainer.folder / "step-00000004"
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == {*trainer.model.state_dict()}
+    extra = checkpoint.read_extra(path)
+    assert (extra["kind"], extra["step"], extra["config"]["optim"]["steps"]) == ("moe", 4, 4)
+    assert extra["history"] == trainer.history.to_plain()
 
 
 @pytest.mark.parametrize(
@@ -130,13 +133,13 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path, change_to, messa
         change_to = {"data": {"path": other}}
     another = make_trainer(change(tiny, **change_to))
     with pytest.raises(ValueError, match=message):
-        another.restore(*checkpoint.load_newest(another.folder))
+        checkpoint.newest(another.folder, another.restore)
 
 
 def test_a_resumed_run_may_be_longer_and_have_other_optimizer_options(tiny):
     train([make_trainer(tiny)], [], never)
     longer = make_trainer(change(tiny, optim={"steps": 16, "weight_decay": 0.5}))
-    longer.restore(*checkpoint.load_newest(longer.folder))
+    checkpoint.newest(longer.folder, longer.restore)
     assert train([longer], [], never)
     assert longer.step == 16
     assert longer.optimizer.param_groups[0]["weight_decay"] == 0.5

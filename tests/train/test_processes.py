@@ -1,0 +1,143 @@
+"""Runs of many processes: the same losses as one, checkpoints for any other number, and an end when one fails."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import torch.distributed as dist
+from tiny_run import as_flags, change, finish, losses, newest_step, start, torchrun, wait_for_checkpoint
+
+from fastmoe.train import checkpoint
+from fastmoe.train.command import main
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
+
+LAYOUTS = {
+    "two": (2, {}),
+    "ep 2": (2, {"ep": 2}),
+    "ep 2, fsdp, chunks": (2, {"ep": 2, "engine": "fsdp", "ep_chunks": 2, "suppress_duplicates": True}),
+    "dp 2, ep 2": (4, {"ep": 2}),
+    "dp 2, ep 2, fsdp": (4, {"ep": 2, "engine": "fsdp"}),
+}
+SLOW = ("dp 2, ep 2", "dp 2, ep 2, fsdp")
+
+
+@pytest.fixture
+def exact(tiny):
+    """Without dropout, whose numbers depend on the process; evaluation windows that do not divide by processes."""
+    return change(tiny, model={"dropout": 0.0}, data={"eval_sequences": 9}, run={"tensorboard": False})
+
+
+def results(config):
+    return json.loads((config.run.out / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LAYOUTS])
+def test_many_processes_train_as_one_does(exact, tmp_path, name):
+    """Balance losses included. The checkpoint on the way goes on alike on one process."""
+    number, parallel = LAYOUTS[name]
+    many = change(exact, parallel=parallel, run={"out": tmp_path / "many"})
+    running = start(as_flags(many), torchrun(number))
+    assert main(as_flags(exact)) == 0
+    assert finish(running).count("held-out loss after 12 steps") == 1
+    assert results(many)["processes"] == number
+
+    resumed = change(exact, run={"out": tmp_path / "resumed", "resume": True})
+    for kind in ("dense", "moe"):
+        shutil.copytree(many.run.out / kind / "step-00000008", resumed.run.out / kind / "step-00000008")
+    assert main(as_flags(resumed)) == 0
+    for config in (many, resumed):
+        for kind in ("dense", "moe"):
+            assert losses(config.run.out, kind) == pytest.approx(losses(exact.run.out, kind), rel=1e-4)
+            found, expected = (results(c)["results"][kind] for c in (config, exact))
+            for figure in ("valid_loss", "test_loss", "total_params", "active_params"):
+                assert found[figure] == pytest.approx(expected[figure], rel=1e-4), figure
+
+
+def test_a_checkpoint_of_one_process_goes_on_on_two(exact, tmp_path):
+    config = change(exact, mode="moe")
+    assert main(as_flags(config)) == 0
+    checkpoint.delete(config.run.out / "moe" / "step-00000012")
+    expected = losses(config.run.out, "moe")
+    finish(start([*as_flags(config), "--resume", "--ep", "2", "--engine", "fsdp"], torchrun(2)))
+    assert losses(config.run.out, "moe") == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_processes_stop_together(long):
+    config = change(long, parallel={"ep": 2}, run={"checkpoint_every": 20})
+    process = start(as_flags(config), torchrun(2))
+    wait_for_checkpoint(config.run.out / "moe", process)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal; saved" in process.communicate(timeout=60)[0]
+    assert checkpoint.newest(config.run.out / "dense", checkpoint.read_extra)["step"] > 0
+
+
+@contextlib.contextmanager
+def processes(number, config):
+    """Processes of one run, without torchrun's watch over them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
+    running = [start(as_flags(config), **address, RANK=str(rank), LOCAL_RANK="0") for rank in range(number)]
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_a_process_dies_or_hangs_the_other_ends_and_says_where(long, number):
+    config = change(long, mode="moe", optim={"steps": 100_000}, parallel={"ep": 2, "timeout": 5})
+    with processes(2, config) as (one, other):
+        wait_for_checkpoint(config.run.out / "moe", one)
+        other.send_signal(number)
+        started = time.monotonic()
+        output, _ = one.communicate(timeout=60)
+        took = time.monotonic() - started
+    assert one.returncode == 1, output
+    assert f"fastmoe train: moe, step {newest_step(config.run.out / 'moe') + 1}: " in output
+    assert took < 20
+    assert checkpoint.newest(config.run.out / "moe", checkpoint.read_extra)["step"] > 0
+
+
+@pytest.mark.slow
+def test_also_groups_of_some_processes_have_the_timeout(long):
+    """The first exchange of a step is here one between the two that share experts."""
+    parallel, run = {"ep": 2, "timeout": 10}, {"eval_every": 100_000}
+    config = change(long, mode="moe", moe={"router": "hash"}, optim={"steps": 100_000}, parallel=parallel, run=run)
+    with processes(4, config) as running:
+        wait_for_checkpoint(config.run.out / "moe", running[0])
+        running[1].send_signal(signal.SIGSTOP)
+        output, _ = running[0].communicate(timeout=60)
+    assert running[0].returncode == 1, output
+    assert "MoE layer 'blocks.0.mlp', forward pass" in output
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(long, tmp_path):
+    config = change(long, mode="moe", optim={"steps": 60}, parallel={"ep": 2, "timeout": 20})
+    undisturbed = change(config, run={"out": tmp_path / "undisturbed", "checkpoint_every": 60})
+    whole = start(as_flags(undisturbed), torchrun(2))
+    process = start([*as_flags(config), "--resume"], torchrun(2, "--max-restarts", "1"))
+    wait_for_checkpoint(config.run.out / "moe", process, after_step=3)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert "resumed from" in finish(process)
+    finish(whole)
+    assert losses(config.run.out, "moe") == losses(undisturbed.run.out, "moe")
+
+
+def workers(torchrun):
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_experts_on_more_processes_than_there_are(exact, capsys):
+    assert main([*as_flags(exact), "--ep", "2"]) == 2
+    assert "ep must divide the number of processes; got ep=2 and 1: start" in capsys.readouterr().err
