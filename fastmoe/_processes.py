@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,10 @@ class Processes:
             return ALONE
         size = dist.get_world_size(group)
         return ALONE if size == 1 else cls(group or dist.group.WORLD, dist.get_rank(group), size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
+        """Itself: process groups cannot be copied."""
+        return self
 
     def sum(self, x: Tensor) -> Tensor:
         """`x` summed over all processes, without gradient."""

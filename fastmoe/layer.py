@@ -189,7 +189,7 @@ class MoE(nn.Module):
         self.last_stats = LayerStats(offsets_E, routing.dropped, losses, entropy)
         for observer in self.observers:
             observer.observe(routing, offsets_E, mask_T)
-        return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+        return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
     def _check(self, x: Tensor, token_mask: Tensor | None) -> None:
         if not x.is_floating_point():

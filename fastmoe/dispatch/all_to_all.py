@@ -1,6 +1,8 @@
 """Expert parallelism: rows travel to the process that holds their expert, and results travel back."""
 
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from fastmoe.dispatch.parcels import Parcel, pack_rows
 from fastmoe.dispatch.spread import Spread
 from fastmoe.dispatch.suppression import pack_tokens
 from fastmoe.kernels import Plan
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class AllToAllDispatcher:
@@ -31,6 +35,7 @@ class AllToAllDispatcher:
             weighted outputs come back summed.
         backend: of the kernels that sort and combine.
         name: of the layer, for errors.
+        uniform: the experts return rows as wide as they are given, in one dtype; else processes ask each other.
     """
 
     def __init__(
@@ -41,7 +46,9 @@ class AllToAllDispatcher:
         suppress_duplicates: bool = False,
         backend: str = "auto",
         name: str = "",
+        uniform: bool = False,
     ) -> None:
+        self.uniform = uniform
         self.spread, self.chunks = spread, check_int("chunks", chunks, 1)
         self.suppress_duplicates, self.backend, self.name = suppress_duplicates, backend, name
         self.passes = 0
@@ -68,11 +75,11 @@ class AllToAllDispatcher:
         """
         results: list[Tensor] = []
         back: Flight | None = None
-        going = parcels[0].send(x_TD)
+        going: Flight | None = parcels[0].send(x_TD)
         for parcel, following in zip(parcels, [*parcels[1:], None], strict=True):
+            assert going is not None
             buffer_RD, ticket = going.finish()
-            if following is not None:
-                going = following.send(x_TD)
+            going = None if following is None else following.send(x_TD)  # and what has arrived is let go
             y_RO = self._compute(parcel, buffer_RD, compute)
             if back is not None:
                 results.append(back.finish()[0])
@@ -88,10 +95,27 @@ class AllToAllDispatcher:
         x_RD, weights_N = (ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
         y_RO = compute(x_RD, rows.token_ids_N, weights_N, plan, rows.rows_per_token)
         y_RO = ScaleGradient.apply(y_RO, 1 / size)
-        if 0 not in spread.sizes_P:
-            return y_RO
-        width = spread.processes.gather(torch.tensor(y_RO.shape[1], device=y_RO.device)).max()
-        return y_RO if spread.held else F.pad(y_RO, (0, int(width)))
+        return y_RO if self.uniform else self._agreed(y_RO)
+
+    def _agreed(self, y_RO: Tensor) -> Tensor:
+        """Results as wide as on the other processes, and in one dtype.
+
+        Raises:
+            ValueError: on every process, if they are not equally wide.
+        """
+        spread, dtype = self.spread, DTYPES.index(y_RO.dtype)
+        own = torch.tensor([y_RO.shape[1] if spread.held else -1, dtype if spread.held else -1], device=y_RO.device)
+        told = [pair for pair in spread.processes.gather(own).tolist() if pair[0] >= 0]
+        widths = sorted({width for width, _ in told})
+        if len(widths) > 1:
+            raise ValueError(f"all experts must return the same width; those of {self.name!r} return {widths}")
+        if not spread.held:
+            y_RO = F.pad(y_RO[:, :0], (0, widths[0]))
+        return y_RO.to(reduce(torch.promote_types, (DTYPES[code] for _, code in told)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AllToAllDispatcher":
+        """Itself: process groups cannot be copied."""
+        return self
 
     def place(self, *, routed: bool = True) -> str:
         """Words for an error: which layer, in which pass; where that is not routed yet, in the one to come."""

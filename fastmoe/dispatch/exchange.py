@@ -25,7 +25,7 @@ class Exchange:
     sent_P: list[int]
     received_P: list[int]
     place: str
-    works: list[Any] = field(default_factory=list, repr=False)
+    work: Any = field(default=None, repr=False)
     waiting: Tensor | None = field(default=None, repr=False)  # what is being sent must live until it is
     gradient: Tensor | None = field(default=None, repr=False)  # what comes in backward
 
@@ -47,41 +47,25 @@ class Exchange:
         return self.start(rows).finish()[0]
 
     def launch(self, remote: Tensor, sent_P: list[int], received_P: list[int], what: str) -> Tensor:
-        """Start to send and to receive; the answer is filled once `wait` returns."""
+        """Start the collective; the answer is filled once `wait` returns."""
         rank = self.processes.rank
         sent_P, received_P = ([*p[:rank], 0, *p[rank + 1 :]] for p in (sent_P, received_P))
         out = remote.new_empty(sum(received_P), *remote.shape[1:])
         self.waiting = remote.contiguous()
-        begin = self._begin_each if out.device.type == "cpu" else self._begin_all
         try:
-            self.works = begin(out, self.waiting, received_P, sent_P)
+            self.work = dist.all_to_all_single(
+                out, self.waiting, received_P, sent_P, group=self.processes.group, async_op=True
+            )
         except RuntimeError as error:
             raise self.failure(what, error) from error
         return out
 
-    def _begin_all(self, out: Tensor, rows: Tensor, received_P: list[int], sent_P: list[int]) -> list[Any]:
-        group = self.processes.group
-        return [dist.all_to_all_single(out, rows, received_P, sent_P, group=group, async_op=True)]
-
-    def _begin_each(self, out: Tensor, rows: Tensor, received_P: list[int], sent_P: list[int]) -> list[Any]:
-        """An all-to-all whose receives come first.
-
-        gloo's own begins with the sends. A process may send only when the other says that it is ready to receive; said
-        after a send, that arrives behind the rows, and of two processes only one sends at a time.
-        """
-        rank, size, group = self.processes.rank, self.processes.size, self.processes.group
-        others = [(rank + step) % size for step in range(1, size)]
-        here, away = out.split(received_P), rows.split(sent_P)
-        works = [dist.irecv(here[p], group=group, group_src=p) for p in reversed(others) if received_P[p]]
-        return works + [dist.isend(away[p], group=group, group_dst=p) for p in others if sent_P[p]]
-
     def wait(self, what: str) -> None:
         try:
-            for work in self.works:
-                work.wait()
+            self.work.wait()
         except RuntimeError as error:
             raise self.failure(what, error) from error
-        self.works, self.waiting = [], None
+        self.work = self.waiting = None
 
     def failure(self, what: str, error: RuntimeError) -> CollectiveError:
         return CollectiveError(

@@ -43,10 +43,10 @@ class Experts(nn.Module):
     def mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
         """Each token's weighted sum of what the experts here make of it, `(T, O)`; see `fastmoe.dispatch.Compute`.
 
-        A process that holds no expert is sent no row, and answers `(0, 0)`.
+        A process that holds no expert is sent no row, and answers none, `(0, D)`.
         """
         if not self.held:
-            return ZeroGrad.apply(x_TD[:, :0], *(p for p in self.parameters() if local(p).numel()))
+            return ZeroGrad.apply(x_TD, *(p for p in self.parameters() if local(p).numel()))
         x_TD, weights_N = self.tp.copy(x_TD), self.tp.copy(weights_N)
         y_TO = self._mix(x_TD, token_ids_N, weights_N, plan, rows_per_token)
         return self.tp.sum_for_all(y_TO)

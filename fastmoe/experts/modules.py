@@ -75,7 +75,7 @@ class ModuleExperts(Experts):
                 unused += [p for p in self.modules_list[e].parameters() if p.requires_grad]
             start = end
         if not outputs:
-            outputs.append(self.modules_list[self.held.start](rows_ND[:0]))
+            outputs.append(self._call(self.held.start, rows_ND[:0], outputs))
         rows_NO = F.pad(torch.cat(outputs), (0, 0, 0, len(rows_ND) - start))
         return ZeroGrad.apply(rows_NO, *unused)
 

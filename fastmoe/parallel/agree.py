@@ -51,13 +51,13 @@ def describe(model: nn.Module, layout: Layout, options: dict[str, object]) -> li
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             frozen = "" if tensor.requires_grad or kind == "buffer" else ", frozen"
-            lines.append(f"{kind} {name!r} {tuple(tensor.shape)} {tensor.dtype}{frozen}")
+            lines.append(f"{kind} {name!r} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device.type}{frozen}")
     return [re.sub(r" at 0x[0-9a-f]+", "", line) for line in lines]  # where objects lie differs without meaning
 
 
 def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str] | None:
     """The first lines in which two descriptions differ."""
-    end = "no more parameters"
+    end = "nothing more"
     for i in range(max(len(one), len(other))):
         lines = tuple(lines[i] if i < len(lines) else end for lines in (one, other))
         if lines[0] != lines[1]:
@@ -66,8 +66,9 @@ def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str
 
 
 def _gather(value: tuple, layout: Layout) -> list:
-    """Over all processes where the mesh has all, else over those that share a batch."""
-    group = None if layout.mesh.size() == dist.get_world_size() or layout.batch is None else layout.batch.get_group()
+    """Over all processes where the mesh has all, else over the mesh's own."""
+    everyone = None if layout.mesh.size() == dist.get_world_size() else layout.over("dp", "ep", "tp")
+    group = None if everyone is None else everyone.get_group()
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

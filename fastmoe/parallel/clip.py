@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmoe._errors import check_number
 from fastmoe._processes import collective
+from fastmoe.dispatch import AllToAllDispatcher
 from fastmoe.experts import MLPExperts
 from fastmoe.model import moe_layers
 from fastmoe.parallel.engines import Parallel, find_parallel
@@ -40,13 +41,15 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         raise ValueError(f"norm_type must be above 0, got {norm_type!r}")
     parallel = find_parallel(model)
     if parallel is None:
+        if any(isinstance(layer.dispatcher, AllToAllDispatcher) for layer in moe_layers(model).values()):
+            raise ValueError(f"{type(model).__name__} is a part of a parallel model: give the whole of it")
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     norm = _norm(model, parallel, norm_type)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            grad = _local(parameter.grad)
-            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(grad))
+            _local(parameter.grad).mul_(scale)
     return norm
 
 
@@ -60,7 +63,8 @@ def _norm(model: nn.Module, parallel: Parallel, norm_type: float) -> Tensor:
         grad = None if parameter.grad is None else _local(parameter.grad)
         if grad is None or not grad.numel():
             continue
-        norm = torch.linalg.vector_norm(grad, norm_type).to(torch.float64)
+        dtype = torch.promote_types(grad.dtype, torch.float32)  # a half's largest number is soon reached
+        norm = torch.linalg.vector_norm(grad, norm_type, dtype=dtype).to(torch.float64)
         if norm_type == math.inf:
             total = norm if total is None else torch.maximum(total, norm)
         else:

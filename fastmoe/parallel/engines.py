@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,38 +25,54 @@ if TYPE_CHECKING:
 
 @dataclass
 class Parallel:
-    """What `parallelize` made of a model; its attribute `fastmoe_parallel`."""
+    """What `parallelize` made of a model; its attribute `fastmoe_parallel`.
+
+    `held_back`: in how many `no_sync` the model is.
+    """
 
     layout: Layout
     engine: str
     replicas: list[Replicas] = field(default_factory=list)
+    held_back: int = 0
 
 
 class Replicas:
     """`DistributedDataParallel` over some parameters of a model, in place: no wrapper, names stay as they are.
 
-    It is made at the first forward pass, when a model built on the meta device has its memory.
+    It is made at the first forward pass, when a model built on the meta device has its memory, and anew when parameters
+    are frozen or unfrozen.
     """
 
     def __init__(self, experts: bool, group: ProcessGroup, options: dict[str, Any]) -> None:
         self.experts, self.group, self.options = experts, group, options
         self.ddp: DistributedDataParallel | None = None
+        self.trained: list[nn.Parameter] = []
         self.synchronise = True
-        self.idle = False
 
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.ddp is None and not self.idle:
-            own = [p for p in parameters_of(model, experts=self.experts) if p.requires_grad and p.numel()]
-            self.idle = not own
-            if own:
-                self.ddp = DistributedDataParallel(nn.ParameterList(own), process_group=self.group, **self.options)
+        if not torch.is_grad_enabled():
+            return None
+        self._follow(model)
         if self.ddp is None:
             return None
         self.ddp.require_backward_grad_sync = self.synchronise
         return self.ddp._pre_forward(*args, **kwargs)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        return None if self.ddp is None else self.ddp._post_forward(output)
+        return self.ddp._post_forward(output) if torch.is_grad_enabled() and self.ddp is not None else None
+
+    def _follow(self, model: nn.Module) -> None:
+        """Start anew where other parameters are trained than before."""
+        trained = [p for p in parameters_of(model, experts=self.experts) if p.requires_grad and p.numel()]
+        if len(trained) == len(self.trained) and all(map(operator.is_, trained, self.trained)):
+            return
+        self.ddp, self.trained = None, trained
+        if trained:
+            self.ddp = DistributedDataParallel(nn.ParameterList(trained), process_group=self.group, **self.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        """For a copy of the model: over the same processes."""
+        return memo.setdefault(id(self), Replicas(self.experts, self.group, self.options))
 
 
 def parameters_of(model: nn.Module, *, experts: bool) -> list[nn.Parameter]:
@@ -90,13 +108,9 @@ def use_fsdp(model: nn.Module, parallel: Parallel, blocks: Sequence[type[nn.Modu
                 fully_shard(shared, mesh=layout.batch, **options)
         fully_shard(layer.experts, mesh=layout.replicas, **options)
         register_fsdp_forward_method(layer.experts, "together")
-    for module in _outer(model, tuple(blocks)):
+    inner = [module for module in model.modules() if module is not model and isinstance(module, tuple(blocks))]
+    for module in [*reversed(inner), model]:
         fully_shard(module, mesh=layout.batch, ignored_params=apart, **options)
-    fully_shard(model, mesh=layout.batch, ignored_params=apart, **options)
-
-
-def _outer(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
-    return [module for module in model.modules() if module is not model and isinstance(module, kinds)]
 
 
 def broadcast(tensors: Iterable[Tensor], mesh: DeviceMesh | None) -> None:
@@ -105,7 +119,9 @@ def broadcast(tensors: Iterable[Tensor], mesh: DeviceMesh | None) -> None:
         return
     for tensor in tensors:
         if not tensor.is_meta and tensor.numel():
-            dist.broadcast(tensor.detach(), group=mesh.get_group(), group_src=0)
+            values = tensor.detach().contiguous()
+            dist.broadcast(values.reshape(-1).view(torch.uint8), group=mesh.get_group(), group_src=0)
+            tensor.detach().copy_(values)
 
 
 @contextmanager
@@ -123,24 +139,33 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model was not given to `fastmoe.parallelize`.
     """
-    parallel = find_parallel(model)
-    if parallel is None:
+    found = [(module, parallel_of(module)) for module in model.modules() if parallel_of(module) is not None]
+    if not found:
         raise ValueError(f"{type(model).__name__} is not parallel: call fastmoe.parallelize(model, mesh) first")
-    set_sync(model, parallel, False)
+    for module, parallel in found:
+        _hold_back(module, parallel, 1)
     try:
         yield
     finally:
-        set_sync(model, parallel, True)
+        for module, parallel in found:
+            _hold_back(module, parallel, -1)
 
 
-def set_sync(model: nn.Module, parallel: Parallel, on: bool) -> None:
+def _hold_back(model: nn.Module, parallel: Parallel | None, more: int) -> None:
+    assert parallel is not None
+    parallel.held_back += more
     for replicas in parallel.replicas:
-        replicas.synchronise = on
+        replicas.synchronise = not parallel.held_back
     if parallel.engine == "fsdp":
-        model.set_requires_gradient_sync(on)  # type: ignore[operator]
+        model.set_requires_gradient_sync(not parallel.held_back)  # type: ignore[operator]
+
+
+def parallel_of(module: nn.Module) -> Parallel | None:
+    """What `parallelize` made of the module itself; None if nothing."""
+    found = getattr(module, "fastmoe_parallel", None)
+    return found if isinstance(found, Parallel) else None
 
 
 def find_parallel(model: nn.Module) -> Parallel | None:
     """What `parallelize` made of the model, or of one that it wraps; None if nothing."""
-    found = (getattr(module, "fastmoe_parallel", None) for module in model.modules())
-    return next((one for one in found if isinstance(one, Parallel)), None)
+    return next((found for module in model.modules() if (found := parallel_of(module)) is not None), None)

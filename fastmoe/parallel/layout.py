@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -41,6 +41,9 @@ class Layout:
                 "init_device_mesh(device_type, shape, mesh_dim_names=...)"
             )
         check_choice("tp", self.tp, TENSOR_PARALLEL)
+        ranks = self.mesh.mesh.flatten().tolist()
+        if ranks != sorted(ranks):
+            raise ValueError(f"the mesh must have its processes in ascending order, got {ranks}")
         if self.mesh.get_coordinate() is None:
             raise ValueError(f"process {dist.get_rank()} is not in the mesh {self.mesh}")
 
@@ -75,6 +78,10 @@ class Layout:
     def batch(self) -> DeviceMesh | None:
         """Processes whose batches make up the whole batch."""
         return self.over("dp", "ep", "tp") if self.tp == "slice" else self.over("dp", "ep")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        """Itself: process groups cannot be copied."""
+        return self
 
     @cached_property
     def batch_group(self) -> ProcessGroup:

@@ -10,6 +10,7 @@ from torch import nn
 from fastmoe._errors import check_choice, check_int
 from fastmoe.model import moe_layers
 from fastmoe.parallel.agree import check_agreement
+from fastmoe.parallel.checks import check_options, check_sharing
 from fastmoe.parallel.engines import Parallel, broadcast, find_parallel, parameters_of, use_ddp, use_fsdp
 from fastmoe.parallel.layout import Layout
 from fastmoe.parallel.shard import check_layer, shard_layer
@@ -80,10 +81,12 @@ def parallelize(
     check_int("chunks", chunks, 1)
     if find_parallel(model) is not None:
         raise ValueError(f"{type(model).__name__} is parallel already")
-    if engine == "fsdp" and layout.size("tp") > 1:
+    if engine == "fsdp" and "tp" in (mesh.mesh_dim_names or ()):
         raise ValueError("engine 'fsdp' takes a mesh of dp and ep; tp is for engine 'ddp'")
     if blocks and engine == "ddp":
         raise ValueError("blocks are for engine 'fsdp'")
+    check_options(model, layout, engine, engine_options)
+    check_sharing(model, layout)
     for name, layer in moe_layers(model).items():
         check_layer(layer, layout, name)
     parallel = Parallel(layout, engine)

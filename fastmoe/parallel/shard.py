@@ -57,7 +57,12 @@ def shard_layer(
     else:
         _keep_stacked(layer.experts, spread, as_dtensors)
     layer.dispatcher = AllToAllDispatcher(
-        spread, chunks=chunks, suppress_duplicates=suppress_duplicates, backend=layer.backend, name=name
+        spread,
+        chunks=chunks,
+        suppress_duplicates=suppress_duplicates,
+        backend=layer.backend,
+        name=name,
+        uniform=isinstance(layer.experts, MLPExperts),
     )
 
 

@@ -302,7 +302,13 @@ def mesh_of(shape):
 
 
 def spread(case):
+    """The model of a case, parallel. Of processes that are to be alike only the first has it right to begin with."""
     model = build(*case.alone)
+    rank = dist.get_rank()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point() and (case.place(rank)[0] if expert_in(name) else rank):
+                tensor += rank
     blocks = {"blocks": (Block,)} if case.model == "blocks" and case.engine == "fsdp" else {}
     return fastmoe.parallelize(
         model,

@@ -54,9 +54,10 @@ def started(world, function, *args, timeout=60, together=True):
         try:
             yield running
         finally:
-            for process, _ in running:
+            for process, connection in running:
                 process.kill()
                 process.join()
+                connection.close()
 
 
 def answer_of(process, connection, limit):

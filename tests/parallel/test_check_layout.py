@@ -151,7 +151,6 @@ def test_random_numbers_are_no_failure(two, name):
     assert "UNDECIDED: two runs on one process differ" in found["text"]
 
 
-@pytest.mark.xfail(strict=True, reason="fastmoe.parallelize makes two parameters of one that two layers share")
 def test_layers_that_share_stacked_experts(two):
     found = two[str(("tied layers", "ep=2", {}))]
     assert found.get("passed") or "share" in found.get("error", "")

@@ -52,6 +52,29 @@ def test_a_model_that_is_not_parallel_has_nothing_to_synchronise():
         pass
 
 
+def two_micro_steps(engine):
+    """A dense gradient after the first, which is not synchronised, and after the second, which is."""
+    case = Case((("ep", 2),), shares=(4, 3), engine=engine)
+    model, seen = spread(case), []
+    with fastmoe.no_sync(model):
+        seen.append(backward(model, case, dist.get_rank()).last.weight.grad)
+    seen = [None if grad is None else grad.clone() for grad in seen]
+    grad = backward(model, case, dist.get_rank()).last.weight.grad
+    return *seen, grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+
+@needs_gloo
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_no_sync_synchronises_nothing(engine):
+    (first, both), (first_elsewhere, both_elsewhere) = run(2, two_micro_steps, engine)
+    if engine == "ddp":
+        assert not torch.allclose(first, first_elsewhere)
+    else:
+        assert first is None
+        assert first_elsewhere is None
+    torch.testing.assert_close(both, both_elsewhere)
+
+
 PARTS = {
     "dense": lambda name: not expert_in(name),
     "experts": lambda name: bool(expert_in(name)),

@@ -77,7 +77,7 @@ def finish(process, timeout=240):
     return output
 
 
-def wait_for_checkpoint(folder, process, after_step=0, timeout=60):
+def wait_for_checkpoint(folder, process, after_step=0, timeout=200):
     until = time.monotonic() + timeout
     while newest_step(folder) <= after_step:
         assert process.poll() is None, process.communicate()[0]
