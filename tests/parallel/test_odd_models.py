@@ -9,6 +9,7 @@ import torch.distributed as dist
 from processes import needs_gloo
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim.swa_utils import AveragedModel
 
 import fastmoe
@@ -257,3 +258,26 @@ def test_the_norm_of_half_precision_gradients_does_not_overflow():
     for ratio, clipped in processes.run(2, norm_of_halves):
         assert ratio == pytest.approx(1, rel=1e-3)
         assert clipped > 0
+
+
+def overflow_on_one(step_of_overflow):
+    model = fastmoe.parallelize(build(), mesh(1, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = ShardedGradScaler(device="cpu", init_scale=8.0, process_group=dist.group.WORLD)
+    seen = []
+    for step in range(3):
+        fastmoe.set_aux_loss_scale(model, scaler.get_scale())
+        scaler.scale(model(tokens()).square().sum()).backward()
+        if step == step_of_overflow and dist.get_rank() == 1:
+            model[1].experts.w1.grad[0, 0, 0] = torch.inf
+        scaler.unscale_(optimizer)
+        fastmoe.clip_grad_norm_(model, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        seen.append((scaler.get_scale(), alike(model[0].weight)))
+    return seen
+
+
+def test_a_sharded_grad_scaler_skips_a_step_on_all_processes():
+    assert processes.run(2, overflow_on_one, 1) == [[(8.0, 0.0), (4.0, 0.0), (4.0, 0.0)]] * 2
