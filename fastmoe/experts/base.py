@@ -53,7 +53,7 @@ class Experts(nn.Module):
 
     def _mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
         rows_ND = x_TD.index_select(0, token_ids_N[plan.order_N])
-        rows_NO = self(rows_ND, plan.offsets_E)
+        rows_NO = self.forward(rows_ND, plan.offsets_E)  # FSDP's hooks are around `together`
         return kernels.combine(rows_NO, token_ids_N, weights_N, plan, len(x_TD), backend=self.backend)
 
     def parameters_per_expert(self) -> list[int]:

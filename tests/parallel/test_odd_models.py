@@ -1,6 +1,7 @@
 """Models and uses that are not the usual ones: right numbers, or a clear error on every process."""
 
 import copy
+import warnings
 
 import processes
 import pytest
@@ -281,3 +282,15 @@ def overflow_on_one(step_of_overflow):
 
 def test_a_sharded_grad_scaler_skips_a_step_on_all_processes():
     assert processes.run(2, overflow_on_one, 1) == [[(8.0, 0.0), (4.0, 0.0), (4.0, 0.0)]] * 2
+
+
+def warned():
+    model = fastmoe.parallelize(build(expert=lambda: nn.Linear(D, D)), mesh(1, 2), engine="fsdp")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model(tokens()).sum().backward()
+    return [str(warning.message) for warning in found if "view" in str(warning.message)]
+
+
+def test_fsdp_gathers_experts_once_and_has_nothing_to_warn_of():
+    assert processes.run(2, warned) == [[], []]
