@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from fastmoe._errors import check_choice
@@ -62,7 +63,9 @@ class Layout:
         if not found:
             return None
         part = self.mesh[found]
-        return part if len(found) == 1 else part._flatten("_".join(found))
+        one = part if len(found) == 1 else part._flatten("_".join(found))
+        inherit_timeout(one.get_group(), torch.device(one.device_type))
+        return one
 
     @property
     def replicas(self) -> DeviceMesh | None:
@@ -94,6 +97,16 @@ class Layout:
     def same_tokens(self) -> DeviceMesh | None:
         """Processes that hold the same tokens."""
         return self.over("tp")
+
+
+def inherit_timeout(group: ProcessGroup, device: torch.device) -> None:
+    """Give a group the default group's timeout where it has PyTorch's own, as the groups of a mesh do."""
+    from torch.distributed.distributed_c10d import _get_default_timeout
+
+    assert dist.group.WORLD is not None
+    own, given = (getattr(g._get_backend(device), "options", None) for g in (group, dist.group.WORLD))
+    if own is not None and given is not None and own._timeout == _get_default_timeout(dist.get_backend(group)):
+        group.set_timeout(given._timeout)
 
 
 def processes_of(mesh: DeviceMesh | None, layer: str | None = None) -> Processes:

@@ -80,18 +80,11 @@ def open_world(device: str, parallel: ParallelConfig = DATA_PARALLEL) -> Iterato
     found = find_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    timeout = timedelta(seconds=parallel.timeout)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=timeout)
-    yield World(found, dist.get_rank(), size, make_mesh(found, size, parallel.ep, timeout))
+    backend = "nccl" if found.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
+    mesh = init_device_mesh(found.type, (size // parallel.ep, parallel.ep), mesh_dim_names=("dp", "ep"))
+    yield World(found, dist.get_rank(), size, mesh)
     dist.destroy_process_group()
-
-
-def make_mesh(device: torch.device, size: int, ep: int, timeout: timedelta) -> DeviceMesh:
-    """Data parallelism outside, expert parallelism inside: among neighbours, which are often on one machine."""
-    mesh = init_device_mesh(device.type, (size // ep, ep), mesh_dim_names=("dp", "ep"))
-    for group in mesh.get_all_groups():
-        group.set_timeout(timeout)  # PyTorch gives new groups its own default
-    return mesh
 
 
 @contextmanager

@@ -64,6 +64,7 @@ CASES = {
     "hangs_before_the_exchange": (SENT, "hangs", "forward"),
     "hangs_before_the_balance_loss": (case_of("topk"), "hangs", "forward"),
     "hangs_in_backward": (SENT, "hangs", "backward"),
+    "hangs_in_a_group_of_some": (case_of("no_losses", (("dp", 2), ("ep", 2)), shares=(4, 3, 2, 2)), "hangs", "forward"),
 }
 
 

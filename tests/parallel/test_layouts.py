@@ -64,9 +64,10 @@ def odd_ones():
             case = Case(((name, size),), kind="mixed", shares=SHARES[size], num_experts=8, engine=engine)
             yield param(case, slow=size == 4 and engine == ENGINES[i % 2])
     models = [
-        {"kind": "gated", "chunks": 2},
-        {"kind": "stacked", "nobody": True},
-        {"kind": "modules", "nobody": True, "chunks": 2},
+        {"kind": "gated", "chunks": 2, "tokens": "one"},
+        {"kind": "constant", "tokens": "one"},
+        {"kind": "stacked", "tokens": "nobody"},
+        {"kind": "modules", "tokens": "nobody", "chunks": 2},
         {"router": "choosy"},
         {"router": "choosy", "kind": "mixed"},
         {"kind": "constant"},
@@ -79,12 +80,13 @@ def odd_ones():
         {"router": "no_losses", "micro_steps": 2, "kind": "modules"},
     ]
     for i, (dp, ep) in enumerate([(2, 1), (1, 2), (2, 2)]):
+        none = (0,) * (dp * ep)
+        shares = {"all": SHARES[dp * ep], "one": (5, *none[1:]), "nobody": none}
         for j, options in enumerate(models):
             for k, engine in enumerate(ENGINES):
-                given = {"suppress_duplicates": dp == 2, "engine": engine} | options
-                shares = (0,) * (dp * ep) if given.pop("nobody", False) else (5, *(0,) * (dp * ep - 1))
-                case = case_of(dp, ep, **given, shares=shares)
-                yield param(case, slow=(i + j + k) % 2 or (i == 0 and j < 8))
+                given = {"tokens": "all", "suppress_duplicates": dp == 2, "engine": engine} | options
+                case = case_of(dp, ep, shares=shares[given.pop("tokens")], **given)
+                yield param(case, slow=(i + j + k) % 2 or (i == 0 and j < 9))
 
 
 CASES = [*product(), *ways_to_send(), *one_without_experts(), *odd_ones()]
