@@ -81,28 +81,32 @@ def test_two_processes_stop_together(long):
 
 FAILING = """
 import os, sys
+from torch.distributed.checkpoint import FileSystemWriter
 from fastmoe.dispatch import AllToAllDispatcher
 from fastmoe.train.command import main
 
-run = AllToAllDispatcher._run
+owner, name = {"exchange": (AllToAllDispatcher, "_run"), "save": (FileSystemWriter, "write_data")}[os.environ["WHERE"]]
+real, calls = getattr(owner, name), int(os.environ["CALLS"])
 
-def failing(self, *args):
-    if self.passes == 6 and os.environ["RANK"] == "1":
+def failing(*args):
+    global calls
+    calls -= 1
+    if not calls and os.environ["RANK"] == "1":
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-    return run(self, *args)
+    return real(*args)
 
-AllToAllDispatcher._run = failing
+setattr(owner, name, failing)
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @contextlib.contextmanager
-def failing_processes(number, config, by):
-    """Of one run, without torchrun's watch; the second fails before its seventh pass' exchange: one is evaluation's."""
+def failing_processes(number, config, **failure):
+    """Of one run, without torchrun's watch; the second does to itself what `FAILING` is told to."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
-    variables = {"SIGNAL": str(int(by)), "LOCAL_RANK": "0", **address}
+    variables = {name: str(value) for name, value in failure.items()} | {"LOCAL_RANK": "0"} | address
     running = [start(as_flags(config), ("-c", FAILING), **variables, RANK=str(rank)) for rank in range(number)]
     try:
         yield running
@@ -113,20 +117,28 @@ def failing_processes(number, config, by):
             process.stdout.close()
 
 
+IN_THIRD_STEP = {  # two layers; one pass to evaluate, two in each step
+    "dies": (2, {"WHERE": "exchange", "CALLS": 13, "SIGNAL": int(signal.SIGKILL)}),
+    "hangs": (2, {"WHERE": "exchange", "CALLS": 13, "SIGNAL": int(signal.SIGSTOP)}),
+    "dies while saving": (2, {"WHERE": "save", "CALLS": 3, "SIGNAL": int(signal.SIGKILL)}),
+    "hangs, where four share experts in twos": (4, {"WHERE": "exchange", "CALLS": 13, "SIGNAL": int(signal.SIGSTOP)}),
+}
+
+
 @pytest.mark.parametrize(
-    ("number", "by"),
-    [(2, signal.SIGKILL), (2, signal.SIGSTOP), pytest.param(4, signal.SIGSTOP, marks=pytest.mark.slow)],
+    "how", [pytest.param(how, marks=[pytest.mark.slow] if "four" in how else []) for how in IN_THIRD_STEP]
 )
-def test_when_a_process_dies_or_hangs_the_other_ends_and_says_where(long, number, by):
-    """On four, those that share experts exchange rows in a group of their own; it has the timeout too."""
+def test_when_a_process_fails_the_other_ends_and_says_where(long, how):
+    number, failure = IN_THIRD_STEP[how]
     config = change(long, mode="moe", optim={"batch_size": 8}, parallel={"ep": 2, "timeout": 5})
-    with failing_processes(number, config, by) as running:
+    with failing_processes(number, config, **failure) as running:
         wait_for_checkpoint(config.run.out / "moe", running[0], after_step=1)
         started = time.monotonic()
         output, _ = running[0].communicate(timeout=100)
         took = time.monotonic() - started
     assert running[0].returncode == 1, output
-    assert "\nfastmoe train: moe, step 3: MoE layer 'blocks.0.mlp', forward pass 7: " in output
+    layer = "" if "saving" in how else "MoE layer 'blocks.0.mlp', forward pass 7: "
+    assert f"\nfastmoe train: moe, step 3: {layer}" in output
     assert took < 20
     assert checkpoint.newest(config.run.out / "moe", checkpoint.read_extra)["step"] == 2
 
@@ -146,8 +158,3 @@ def test_torchrun_restarts_a_run_that_lost_a_process(long, tmp_path):
 def workers(torchrun):
     found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=True)
     return [int(pid) for pid in found.stdout.split()]
-
-
-def test_experts_on_more_processes_than_there_are(exact, capsys):
-    assert main([*as_flags(exact), "--ep", "2"]) == 2
-    assert "ep must divide the number of processes; got ep=2 and 1: start" in capsys.readouterr().err

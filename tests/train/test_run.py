@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_run import as_flags, change
+from tiny_run import as_flags, change, losses
 
+from fastmoe.train import checkpoint
 from fastmoe.train.command import main
+from fastmoe.train.trainer import Trainer
 
 
 def names(folder):
@@ -81,12 +83,25 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_only_reports(tiny,
     assert json.loads((tiny.run.out / "results.json").read_text())["results"] == first["results"]
 
 
+def test_resume_passes_over_a_damaged_checkpoint_and_replaces_it(tiny):
+    config = change(tiny, mode="moe")
+    assert main(as_flags(config)) == 0
+    whole = losses(config.run.out, "moe")
+    newest = config.run.out / "moe" / "step-00000012"
+    (newest / "fastmoe.json").unlink()
+    with pytest.warns(UserWarning, match="step-00000012 cannot be read, trying the one before it"):
+        assert main([*as_flags(config), "--resume"]) == 0
+    assert losses(config.run.out, "moe") == whole
+    assert checkpoint.read_extra(newest)["step"] == 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data", "nowhere.txt"], "no such data file: nowhere.txt"),
         (["--n-head", "3"], "d_model must be a multiple of n_head"),
         (["--batch-size", "3"], "batch_size must be a multiple"),
+        (["--ep", "2"], "ep must divide the number of processes; got ep=2 and 1: start"),
         (["--device", "tpu?"], "device must be auto, cpu, cuda or cuda:N; got 'tpu?'"),
     ],
 )
@@ -100,3 +115,17 @@ def test_what_cannot_be_run_is_said_in_one_line(tiny, capsys, arguments, message
 def test_diverging_training_fails_with_a_message(tiny, capsys):
     assert main([*as_flags(tiny), "--mode", "dense", "--lr", "1e30", "--grad-clip", "0", "--warmup-steps", "0"]) == 1
     assert "try a smaller lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(28, "No space left on device")])
+def test_what_goes_wrong_in_a_step_is_said_with_its_number(tiny, capsys, monkeypatch, error):
+    save = Trainer.save
+
+    def failing(trainer):
+        if trainer.step == 8:
+            raise error
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", failing)
+    assert main([*as_flags(tiny), "--mode", "dense"]) == 1
+    assert f"fastmoe train: dense, step 8: {error}" in capsys.readouterr().err

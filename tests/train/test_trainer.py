@@ -136,6 +136,18 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path, change_to, messa
         checkpoint.newest(another.folder, another.restore)
 
 
+def test_data_that_was_damaged_on_the_disk_is_found_out(tiny):
+    trainer = make_trainer(tiny)
+    train([trainer], [], never)
+    data = trainer.folder / "step-00000012" / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    another = make_trainer(tiny)
+    with pytest.warns(UserWarning, match="step-00000012 cannot be read"):
+        checkpoint.newest(another.folder, another.restore)
+    assert another.step == 8
+
+
 def test_a_resumed_run_may_be_longer_and_have_other_optimizer_options(tiny):
     train([make_trainer(tiny)], [], never)
     longer = make_trainer(change(tiny, optim={"steps": 16, "weight_decay": 0.5}))
