@@ -179,6 +179,8 @@ class MoE(nn.Module):
         context = self._context(x, mask_T, token_ids)
         routing, entropy = self._route(x_TD, context)
         if isinstance(routing, SoftRouting):
+            if self.slices is not None and x.dim() == 2:
+                raise ValueError("with tp='slice' a router of whole sequences needs x of (sequences, length, d_model)")
             y_TO, offsets_E = self._compute_soft(x_TD, routing)
         else:
             y_TO, offsets_E = self._compute(x_TD, routing)

@@ -294,3 +294,13 @@ def warned():
 
 def test_fsdp_gathers_experts_once_and_has_nothing_to_warn_of():
     assert processes.run(2, warned) == [[], []]
+
+
+def sliced_sequence():
+    model = build(d_hidden=4, router="soft")
+    fastmoe.parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), tp="slice")
+    return error_of(model, torch.randn(4, D))
+
+
+def test_a_sequence_is_not_cut_by_slices():
+    assert all("router of whole sequences" in message for message in processes.run(2, sliced_sequence))
