@@ -46,8 +46,8 @@ def parallelize(
     ```
 
     Args:
-        model: with `fastmoe.MoE` layers, on its device, or on the meta device; see `fastmoe.materialize`. Values are
-            taken from the first process that has them.
+        model: with `fastmoe.MoE` layers, on its device, or on the meta device; see `fastmoe.materialize`. Values become
+            those of the first process, of experts those of the first of their replicas.
         mesh: dimensions named from dp, ep and tp, in this order, each of which may be absent. ep need not divide the
             number of experts E: each process holds `ceil(E / ep)` of them as long as they last.
         engine: "ddp": `DistributedDataParallel`; "fsdp": `fully_shard`, the dense parameters over all processes, the
