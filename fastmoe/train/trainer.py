@@ -172,17 +172,14 @@ class Trainer:
         """
         extra = self.world.together.each(lambda: checkpoint.read_extra(path))
         self._check_same_run(path, extra)
-        options = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
+        groups = self.optimizer.param_groups
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         fastmoe.load(self.model, self.optimizer, path)
-        for group, own in zip(self._groups, options, strict=True):
+        for group, own in zip(groups, options, strict=True):
             group.update(own)
         self.history = History(**extra["history"])
         self.step = self.saved = extra["step"]
         return path
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
 
     def _check_same_run(self, path: Path, extra: dict[str, Any]) -> None:
         plain = to_plain(self.config)

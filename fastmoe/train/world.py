@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fastmoe._processes import Processes, collective
 from fastmoe.parallel.checkpoint_together import Together
 from fastmoe.train.config import ParallelConfig
+from fastmoe.train.failure import during
+from fastmoe.train.rendezvous import meet
 
 DATA_PARALLEL = ParallelConfig()
 
@@ -67,6 +69,7 @@ def open_world(device: str, parallel: ParallelConfig = DATA_PARALLEL) -> Iterato
 
     Raises:
         ValueError: a device that is not there, or an ep that does not divide the number of processes.
+        RunError: the others did not come.
     """
     size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
     if (size or 1) % parallel.ep:
@@ -80,11 +83,18 @@ def open_world(device: str, parallel: ParallelConfig = DATA_PARALLEL) -> Iterato
     found = find_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    backend = "nccl" if found.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
-    mesh = init_device_mesh(found.type, (size // parallel.ep, parallel.ep), mesh_dim_names=("dp", "ep"))
+    with during("joining the other processes"):
+        mesh = join(found, parallel)
     yield World(found, dist.get_rank(), size, mesh)
     dist.destroy_process_group()
+
+
+def join(device: torch.device, parallel: ParallelConfig) -> DeviceMesh:
+    timeout = timedelta(seconds=parallel.timeout)
+    store, rank, size = meet(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return init_device_mesh(device.type, (size // parallel.ep, parallel.ep), mesh_dim_names=("dp", "ep"))
 
 
 @contextmanager
