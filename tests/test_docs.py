@@ -38,9 +38,12 @@ PARALLEL = re.findall(
 def test_block_runs_on_two_processes(number: int, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PARALLEL[number], encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [*TORCHRUN, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    for _ in range(3):
+        ran = subprocess.run(
+            [*TORCHRUN, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        if "terminate called without an active exception" not in ran.stderr:  # gloo (torch 2.13) may abort at exit
+            break
     assert ran.returncode == 0, ran.stderr
 
 
