@@ -145,8 +145,8 @@ def test_when_a_process_fails_the_other_ends_and_says_where(long, how):
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(long, tmp_path):
-    config = change(long, mode="moe", optim={"steps": 60}, parallel={"ep": 2, "timeout": 20})
-    undisturbed = change(config, run={"out": tmp_path / "undisturbed", "checkpoint_every": 60})
+    config = change(long, mode="moe", optim={"steps": 30}, parallel={"ep": 2, "timeout": 20})
+    undisturbed = change(config, run={"out": tmp_path / "undisturbed", "checkpoint_every": 30})
     whole = start(as_flags(undisturbed), torchrun(2))
     process = start([*as_flags(config), "--resume"], torchrun(2, "--max-restarts", "1"))
     wait_for_checkpoint(config.run.out / "moe", process, after_step=3)
