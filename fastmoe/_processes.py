@@ -1,6 +1,6 @@
 """What a layer may ask of the other processes: sums and gathered rows, nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,7 @@ class Processes:
         The gradient is scaled by the number of processes, so that the mean of all processes' gradients, as DDP and
         FSDP take it, is the gradient of that loss. Backward needs no communication.
         """
-        return x if self.group is None else _SumForLoss.apply(x, self)
+        return x if self.group is None else self.sum_for_all(ScaleGradient.apply(x, self.size))
 
     def sum_for_all(self, x: Tensor) -> Tensor:
         """`x` summed over all processes, each of which computes the same with it: the gradient passes."""
@@ -96,29 +96,17 @@ class Processes:
         if self.group is None:
             return x.detach(), slice(0, len(x))
         lengths = self.gather(torch.tensor(len(x), device=x.device)).tolist()
+        start = sum(lengths[: self.rank])
+        return self.join_rows(x, lengths), slice(start, start + len(x))
+
+    def join_rows(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The rows of all processes, of which each is known to have so many, by rank; no gradient."""
         padded = x.new_zeros(max(lengths), *x.shape[1:])
         padded[: len(x)] = x.detach()
-        parts = self.gather(padded)
-        start = sum(lengths[: self.rank])
-        rows = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-        return rows, slice(start, start + len(x))
+        return torch.cat([part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)])
 
 
 ALONE = Processes()
-
-
-class _SumForLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, processes: Processes) -> Tensor:
-        return processes.sum(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        ctx.size = inputs[1].size
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad * ctx.size, None
 
 
 class _SumForAll(torch.autograd.Function):

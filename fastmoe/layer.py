@@ -265,11 +265,9 @@ class MoE(nn.Module):
     def _compute_soft(self, x_TD: Tensor, routing: SoftRouting) -> tuple[Tensor, Tensor]:
         """As `_compute`; every expert computes all its slots."""
         slots_LD = to_slots(x_TD, routing.dispatch_BSL, self.num_experts)
-        numbers_L = torch.arange(len(slots_LD), device=x_TD.device)
-        expert_ids_L = numbers_L // max(len(slots_LD) // self.num_experts, 1)
-        ones_L = torch.ones(len(slots_LD), dtype=kernels.accumulation_dtype(x_TD.dtype), device=x_TD.device)
-        rows = RoutedRows(numbers_L, expert_ids_L, ones_L, 1)
-        y_LO, offsets_E = self._run(slots_LD, rows)
+        experts_E = torch.arange(self.num_experts, device=x_TD.device)
+        expert_ids_L = experts_E.repeat_interleave(len(slots_LD) // self.num_experts)
+        y_LO, offsets_E = self._run(slots_LD, RoutedRows.one_each(expert_ids_L, x_TD.dtype))
         return from_slots(y_LO, routing.combine_BSL, self.num_experts), offsets_E
 
     def _run(self, x_TD: Tensor, rows: RoutedRows) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,8 @@ class AllToAllDispatcher:
         """
         self.passes += 1
         pack = pack_tokens if self.suppress_duplicates else pack_rows
-        parcels, counts_E = pack(x_TD, rows, self.spread, self.chunks, self.place(), self.backend)
-        y_NO = self._pipeline(x_TD, parcels, compute)
-        y_TO = parcels[0].combine(y_NO, len(x_TD))
+        parcels, combine, counts_E = pack(x_TD, rows, self.spread, self.chunks, self.place(), self.backend)
+        y_TO = combine(self._pipeline(x_TD, parcels, compute), len(x_TD))
         return y_TO, counts_E.cumsum(0).to(torch.int32)
 
     def _pipeline(self, x_TD: Tensor, parcels: Sequence[Parcel], compute: Compute) -> Tensor:

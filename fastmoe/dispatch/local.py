@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastmoe import kernels
@@ -27,6 +28,13 @@ class RoutedRows:
     expert_ids_N: Tensor
     weights_N: Tensor
     rows_per_token: int = 0
+
+    @classmethod
+    def one_each(cls, expert_ids_T: Tensor, dtype: torch.dtype) -> "RoutedRows":
+        """Every token goes to one expert, with weight 1; `dtype` is that of the tokens."""
+        token_ids_T = torch.arange(len(expert_ids_T), device=expert_ids_T.device)
+        ones_T = torch.ones_like(expert_ids_T, dtype=kernels.accumulation_dtype(dtype))
+        return cls(token_ids_T, expert_ids_T, ones_T, 1)
 
 
 class LocalDispatcher:

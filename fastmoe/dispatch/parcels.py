@@ -15,7 +15,7 @@ from fastmoe.kernels import Plan
 
 @dataclass(frozen=True)
 class Combine:
-    """How results become each token's sum.
+    """How the results of all parcels, one after another, become each token's sum.
 
     Attributes:
         plan: where each routed row's result stands.
@@ -40,7 +40,6 @@ class Parcel:
         token_ids_M: the token of each row that is sent, by the process that it goes to.
         there, back: the exchanges that take rows to their experts, and results back.
         rows: what came here must go to which experts; tokens are rows of what was received.
-        combine: the same for all chunks, for all their results one after another.
         after: the ticket of an exchange that brought a part of `rows`; see `Flight.finish`.
     """
 
@@ -48,7 +47,6 @@ class Parcel:
     there: Exchange
     back: Exchange
     rows: RoutedRows
-    combine: Combine
     after: Tensor | None = None
 
     def send(self, x_TD: Tensor) -> Flight:
@@ -61,7 +59,7 @@ def chunk_of(token_ids_N: Tensor, num_tokens: int, chunks: int) -> Tensor:
 
 def pack_rows(
     x_TD: Tensor, rows: RoutedRows, spread: Spread, chunks: int, place: str, backend: str
-) -> tuple[list[Parcel], Tensor]:
+) -> tuple[list[Parcel], Combine, Tensor]:
     """A parcel for each chunk, one row sent for each routed row; and rows for each expert of the layer, `(E,)`."""
     E = spread.num_experts
     keys_N = rows.expert_ids_N
@@ -74,7 +72,6 @@ def pack_rows(
     numbers = torch.cat([counts_EC.flatten(), came_PeC.flatten()]).tolist()
     sent_EC = [numbers[e * chunks : (e + 1) * chunks] for e in range(E)]
     came = torch.tensor(numbers[E * chunks :], dtype=torch.int64).view(came_PeC.shape)
-    combine = Combine(plan, rows.token_ids_N, rows.weights_N, backend)
     sizes = [sum(row[c] for row in sent_EC) for c in range(chunks)]
     order_M = plan.order_N[: sum(sizes)].split(sizes)
     parcels = []
@@ -83,16 +80,15 @@ def pack_rows(
         received_P = came[:, :, c].sum(1).tolist()
         there, back = exchanges(spread, sent_P, received_P, place)
         rows_here = _whole_rows(came_PeC[:, :, c], sum(received_P), x_TD)
-        parcels.append(Parcel(rows.token_ids_N[order_M[c]], there, back, rows_here, combine))
-    return parcels, counts_EC.sum(1)
+        parcels.append(Parcel(rows.token_ids_N[order_M[c]], there, back, rows_here))
+    return parcels, Combine(plan, rows.token_ids_N, rows.weights_N, backend), counts_EC.sum(1)
 
 
 def _whole_rows(counts_Pe: Tensor, num_rows: int, x_TD: Tensor) -> RoutedRows:
     """Received rows stand by process, then expert; each goes to one expert, with weight 1."""
     experts_Pe = torch.arange(counts_Pe.shape[1], device=x_TD.device).expand_as(counts_Pe)
     ids_R = experts_Pe.reshape(-1).repeat_interleave(counts_Pe.reshape(-1), output_size=num_rows)
-    ones_R = torch.ones(num_rows, dtype=kernels.accumulation_dtype(x_TD.dtype), device=x_TD.device)
-    return RoutedRows(torch.arange(num_rows, device=x_TD.device), ids_R, ones_R, 1)
+    return RoutedRows.one_each(ids_R, x_TD.dtype)
 
 
 def swap_counts(counts_EC: Tensor, spread: Spread, place: str) -> Tensor:

@@ -41,12 +41,7 @@ class Slices:
 
     def whole(self, part: Tensor, length: int) -> Tensor:
         """As `gather`, without gradient."""
-        bounds = self.bounds(length)
-        lengths = [end - start for start, end in pairwise(bounds)]
-        padded = part.new_zeros(max(lengths), *part.shape[1:])
-        padded[: len(part)] = part
-        everyone = self.processes.gather(padded)
-        return torch.cat([rows[:number] for rows, number in zip(everyone, lengths, strict=True)])
+        return self.processes.join_rows(part, [end - start for start, end in pairwise(self.bounds(length))])
 
 
 class _Take(torch.autograd.Function):

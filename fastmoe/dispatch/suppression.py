@@ -12,7 +12,7 @@ from fastmoe.kernels import Plan, accumulation_dtype
 
 def pack_tokens(
     x_TD: Tensor, rows: RoutedRows, spread: Spread, chunks: int, place: str, backend: str
-) -> tuple[list[Parcel], Tensor]:
+) -> tuple[list[Parcel], Combine, Tensor]:
     """As `pack_rows`, but one row sent for each token and process: which experts there, with what weights, goes along.
 
     Results come back as weighted sums, which are added up with weight 1.
@@ -33,7 +33,6 @@ def pack_tokens(
         came_PC2 = swap.send(sent_PC2)
     sent, came = torch.stack([sent_PC2, came_PC2]).tolist()
     tokens_M = code_M % max(T, 1)
-    combine = _sum_up(tokens_M, x_TD, backend)
     parcels, start_M, start_N = [], 0, 0
     for c in range(chunks):
         m_sent, n_sent = ([part[c][i] for part in sent] for i in (0, 1))
@@ -43,9 +42,9 @@ def pack_tokens(
         ids_N2 = torch.stack([row_N[of_N] - first_P[experts_N[of_N] // each], experts_N[of_N] % each], 1)
         there, back = exchanges(spread, m_sent, m_came, place)
         rows_here, ticket = _send_along(ids_N2, rows.weights_N[kept_N[of_N]], spread, n_sent, n_came, m_came, place)
-        parcels.append(Parcel(tokens_M[start_M : start_M + sum(m_sent)], there, back, rows_here, combine, ticket))
+        parcels.append(Parcel(tokens_M[start_M : start_M + sum(m_sent)], there, back, rows_here, ticket))
         start_M, start_N = start_M + sum(m_sent), start_N + sum(n_sent)
-    return parcels, counts_E
+    return parcels, _sum_up(tokens_M, x_TD, backend), counts_E
 
 
 def _send_along(

@@ -1,6 +1,6 @@
 """Experts: rows grouped by expert in, rows out. They know nothing of routing."""
 
-from fastmoe.experts.base import Experts
+from fastmoe.experts.base import Experts, local
 from fastmoe.experts.dense import DenseExperts, DenseModules
 from fastmoe.experts.mlp import ActivationLike, MLPExperts, check_activation, check_dropout, is_gated
 from fastmoe.experts.modules import ExpertLike, ModuleExperts, build_experts, build_modules
@@ -21,5 +21,6 @@ __all__ = [
     "check_activation",
     "check_dropout",
     "is_gated",
+    "local",
     "reset_where_possible",
 ]

@@ -65,9 +65,9 @@ class Experts(nn.Module):
         raise NotImplementedError
 
 
-def local(parameter: nn.Parameter) -> Tensor:
-    """The experts here of a parameter that is a DTensor over all of them; any other as it is."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class ZeroGrad(torch.autograd.Function):

@@ -111,7 +111,9 @@ class MLPExperts(Experts):
         w1, b1, w2, b2 = (None if p is None else local(p) for p in (self.w1, self.b1, self.w2, self.b2))
         assert w1 is not None
         assert w2 is not None
-        return w1, b1, w2, b2 if b2 is None or self.tp.size == 1 else _Share.apply(b2, 1 / self.tp.size)
+        if b2 is not None and self.tp.size > 1:
+            b2 = ScaleGradient.apply(b2, float(self.tp.size)) / self.tp.size
+        return w1, b1, w2, b2
 
     def forward(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert in, rows out, `(N, D)`; rows past the last offset give zeros."""
@@ -169,19 +171,3 @@ def check_dropout(dropout: float) -> float:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
     return float(dropout)
-
-
-class _Share(torch.autograd.Function):
-    """A process's share of what is added once for all; the gradient is that of the whole."""
-
-    @staticmethod
-    def forward(b2: Tensor, share: float) -> Tensor:
-        return b2 * share
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        pass
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad, None
