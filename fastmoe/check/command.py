@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fastmoe.check.check import check_layout
 from fastmoe.check.demo import demo
-from fastmoe.check.processes import join, leave, world_size
+from fastmoe.check.processes import end, join, world_size
 from fastmoe.check.report import Report
 from fastmoe.parallel.layout import DIMENSIONS
 
@@ -43,7 +43,7 @@ rows; if none is given, a small model of fastmoe's own with every kind of expert
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 0: the layouts agree; 1: they do not; 2: that cannot be found out.
 
-    Among other processes it ends this one, see `fastmoe.check.processes.leave`.
+    Among other processes it ends this one, see `fastmoe.check.processes.end`.
     """
     given = _parser().parse_args(arguments)
     status = 2
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         _say(error)
     except Exception:
         traceback.print_exc()
-    leave(status)
+    end(status)
     return status
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 import torch.distributed as dist
+
+from fastmoe.parallel.process import backend_of, leave, own_device
 
 
 def world_size() -> int:
@@ -23,13 +24,8 @@ def join(device: str) -> torch.device:
     Raises:
         ValueError: there is no GPU.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for; this PyTorch finds no GPU")
-    found = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(found)
-    backend = "nccl" if found.type == "cuda" else "gloo"
+    found = own_device(device)
+    backend = backend_of(found)
     if world_size() > 1:
         dist.init_process_group(backend)
     else:
@@ -37,17 +33,8 @@ def join(device: str) -> torch.device:
     return found
 
 
-def leave(status: int) -> None:
-    """End at once where there are other processes; alone, give up the process group and return.
-
-    At Python's own end NCCL can wait for processes that are not there any more, and threads of gloo's (torch 2.13) can
-    abort, so that the status would be another.
-    """
-    if not dist.is_initialized():
-        return
-    if dist.get_world_size() == 1:
+def end(status: int) -> None:
+    """`leave` where there are other processes; alone, give up the process group and return."""
+    if dist.is_initialized() and dist.get_world_size() == 1:
         dist.destroy_process_group()
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    leave(status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastmoe._processes import Processes, collective
 from fastmoe.parallel.checkpoint_together import Together
+from fastmoe.parallel.process import backend_of, find_device, leave, own_device
 from fastmoe.train.config import ParallelConfig
 from fastmoe.train.failure import during
 from fastmoe.train.rendezvous import meet
@@ -80,9 +80,7 @@ def open_world(device: str, parallel: ParallelConfig = DATA_PARALLEL) -> Iterato
     if size is None:
         yield World(find_device(device, local_rank=0))
         return
-    found = find_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    found = own_device(device)
     with during("joining the other processes"):
         mesh = join(found, parallel)
     yield World(found, dist.get_rank(), size, mesh)
@@ -92,8 +90,7 @@ def open_world(device: str, parallel: ParallelConfig = DATA_PARALLEL) -> Iterato
 def join(device: torch.device, parallel: ParallelConfig) -> DeviceMesh:
     timeout = timedelta(seconds=parallel.timeout)
     store, rank, size = meet(timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend_of(device), store=store, rank=rank, world_size=size, timeout=timeout)
     return init_device_mesh(device.type, (size // parallel.ep, parallel.ep), mesh_dim_names=("dp", "ep"))
 
 
@@ -107,27 +104,3 @@ def leaving_when_it_fails() -> Iterator[None]:
             traceback.print_exc()
             leave(1)
         raise
-
-
-def leave(status: int) -> None:
-    """End a process among others at once; where there are no others, return.
-
-    Python's own end would wait for exchanges that the others, dead or hanging, never answer.
-    """
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def find_device(name: str, local_rank: int) -> torch.device:
-    """auto and cuda take one GPU per process."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for; this PyTorch finds no GPU")
-    return torch.device("cuda", local_rank) if name == "cuda" else device
