@@ -67,8 +67,7 @@ def first_difference(one: Sequence[str], other: Sequence[str]) -> tuple[str, str
 
 def _gather(value: tuple, layout: Layout) -> list:
     """Over all processes where the mesh has all, else over the mesh's own."""
-    everyone = None if layout.mesh.size() == dist.get_world_size() else layout.over("dp", "ep", "tp")
-    group = None if everyone is None else everyone.get_group()
+    group = None if layout.mesh.size() == dist.get_world_size() else layout.everyone.get_group()
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

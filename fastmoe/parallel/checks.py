@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmoe._errors import unknown_name
+from fastmoe._errors import check_choice, unknown_name
 from fastmoe.layer import MoE
-from fastmoe.model import moe_layers
 from fastmoe.parallel.layout import Layout
 from fastmoe.parallel.shard import expert_parameters
 
+ENGINES = ("ddp", "fsdp")
 OURS = {"module", "mesh", "device_mesh", "process_group", "ignored_params"}
 
 
-def check_options(model: nn.Module, layout: Layout, engine: str, options: Mapping[str, Any]) -> None:
-    """Whether the engine knows its options, and can take the model.
+def check_engine(
+    model: nn.Module,
+    layout: Layout,
+    engine: str,
+    blocks: Sequence[type[nn.Module]],
+    options: Mapping[str, Any],
+) -> None:
+    """Whether there is such an engine, it knows its options, and can take the model.
 
     Raises:
-        ValueError: it cannot; says why.
+        ValueError: not so; says why.
     """
+    check_choice("engine", engine, ENGINES)
+    if engine == "fsdp" and "tp" in (layout.mesh.mesh_dim_names or ()):
+        raise ValueError("engine 'fsdp' takes a mesh of dp and ep; tp is for engine 'ddp'")
+    if blocks and engine == "ddp":
+        raise ValueError("blocks are for engine 'fsdp'")
     known = set(inspect.signature(_maker(engine)).parameters) - OURS
     for option in options:
         if option not in known:
@@ -56,24 +67,16 @@ def check_sharing(model: nn.Module, layout: Layout) -> None:
         return
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     owners: dict[nn.Parameter, set[int]] = defaultdict(set)
-    of_experts = {id(layer): set(expert_parameters(layer).values()) for layer in moe_layers(model).values()}
-    for name, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {f"{name}.experts.".lstrip("."): m for name, m in modules.items() if isinstance(m, MoE)}
+    of_experts = {id(layer): set(expert_parameters(layer).values()) for layer in layers.values()}
+    for name, module in modules.items():
         for own, parameter in module.named_parameters(recurse=False):
-            names[parameter].append(f"{name}.{own}".lstrip("."))
-            owners[parameter].add(_owner(model, name, parameter, of_experts))
+            whole = f"{name}.{own}".lstrip(".")
+            around = [id(layer) for prefix, layer in layers.items() if whole.startswith(prefix)]
+            inside = [layer for layer in around if parameter in of_experts[layer]]
+            names[parameter].append(whole)
+            owners[parameter].add(inside[-1] if inside else 0)  # the innermost layer; 0 is the rest of the model
     for parameter, found in owners.items():
-        if len(found) > 1 and any(parameter in own for own in of_experts.values()):
+        if len(found) > 1 and any(parameter in routed for routed in of_experts.values()):
             raise ValueError(f"experts cannot share a parameter with anything else: {', '.join(names[parameter])}")
-
-
-def _owner(model: nn.Module, name: str, parameter: nn.Parameter, of_experts: Mapping[int, set[nn.Parameter]]) -> int:
-    """The MoE layer to whose experts a parameter belongs at this place; 0 for the rest of the model."""
-    path, _, _ = name.rpartition(".experts")
-    while path or name.startswith("experts"):
-        layer = model.get_submodule(path)
-        if isinstance(layer, MoE) and parameter in of_experts[id(layer)]:
-            return id(layer)
-        if not path:
-            break
-        path = path.rpartition(".experts")[0]
-    return 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmoe._errors import check_number
 from fastmoe._processes import collective
 from fastmoe.dispatch import AllToAllDispatcher
-from fastmoe.experts import MLPExperts
+from fastmoe.experts import MLPExperts, local
 from fastmoe.model import moe_layers
 from fastmoe.parallel.engines import Parallel, find_parallel
 from fastmoe.parallel.layout import Layout
@@ -49,18 +49,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            _local(parameter.grad).mul_(scale)
+            local(parameter.grad).mul_(scale)
     return norm
 
 
 def _norm(model: nn.Module, parallel: Parallel, norm_type: float) -> Tensor:
     """Each process adds what it holds, divided by the number of processes that hold the same."""
-    everyone = parallel.layout.over("dp", "ep", "tp")
-    assert everyone is not None
+    everyone = parallel.layout.everyone
     pieces = pieces_of(model, parallel.layout)
     total: Tensor | None = None
     for parameter in model.parameters():
-        grad = None if parameter.grad is None else _local(parameter.grad)
+        grad = None if parameter.grad is None else local(parameter.grad)
         if grad is None or not grad.numel():
             continue
         dtype = torch.promote_types(grad.dtype, torch.float32)  # a half's largest number is soon reached
@@ -97,7 +96,3 @@ def _shards(parameter: nn.Parameter) -> int:
     placements, mesh = getattr(parameter, "placements", ()), getattr(parameter, "device_mesh", None)
     sizes = zip(placements, () if mesh is None else mesh.shape, strict=True)
     return math.prod(size for placement, size in sizes if not placement.is_replicate())
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if hasattr(grad, "to_local") else grad

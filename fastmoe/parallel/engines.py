@@ -63,12 +63,13 @@ class Replicas:
 
     def _follow(self, model: nn.Module) -> None:
         """Start anew where other parameters are trained than before."""
-        trained = [p for p in parameters_of(model, experts=self.experts) if p.requires_grad and p.numel()]
+        trained = [p for p in model.parameters() if p.requires_grad]
         if len(trained) == len(self.trained) and all(map(operator.is_, trained, self.trained)):
             return
         self.ddp, self.trained = None, trained
-        if trained:
-            self.ddp = DistributedDataParallel(nn.ParameterList(trained), process_group=self.group, **self.options)
+        own = [p for p in parameters_of(model, experts=self.experts) if p.requires_grad and p.numel()]
+        if own:
+            self.ddp = DistributedDataParallel(nn.ParameterList(own), process_group=self.group, **self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
         """For a copy of the model: over the same processes."""
@@ -139,7 +140,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model was not given to `fastmoe.parallelize`.
     """
-    found = [(module, parallel_of(module)) for module in model.modules() if parallel_of(module) is not None]
+    found = [(module, parallel) for module in model.modules() if (parallel := parallel_of(module)) is not None]
     if not found:
         raise ValueError(f"{type(model).__name__} is not parallel: call fastmoe.parallelize(model, mesh) first")
     for module, parallel in found:
@@ -151,8 +152,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
             _hold_back(module, parallel, -1)
 
 
-def _hold_back(model: nn.Module, parallel: Parallel | None, more: int) -> None:
-    assert parallel is not None
+def _hold_back(model: nn.Module, parallel: Parallel, more: int) -> None:
     parallel.held_back += more
     for replicas in parallel.replicas:
         replicas.synchronise = not parallel.held_back

@@ -67,20 +67,27 @@ class Layout:
         inherit_timeout(one.get_group(), torch.device(one.device_type))
         return one
 
-    @property
+    @cached_property
+    def everyone(self) -> DeviceMesh:
+        """All processes of the mesh."""
+        found = self.over(*DIMENSIONS)
+        assert found is not None
+        return found
+
+    @cached_property
     def replicas(self) -> DeviceMesh | None:
         """Processes that hold the same experts."""
         return self.over("dp")
 
-    @property
+    @cached_property
     def experts(self) -> DeviceMesh | None:
         """Processes that the experts are spread over."""
         return self.over("ep", "tp") if self.tp == "slice" else self.over("ep")
 
-    @property
+    @cached_property
     def batch(self) -> DeviceMesh | None:
         """Processes whose batches make up the whole batch."""
-        return self.over("dp", "ep", "tp") if self.tp == "slice" else self.over("dp", "ep")
+        return self.everyone if self.tp == "slice" else self.over("dp", "ep")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         """Itself: process groups cannot be copied."""
@@ -93,7 +100,7 @@ class Layout:
             return self.batch.get_group()
         return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
-    @property
+    @cached_property
     def same_tokens(self) -> DeviceMesh | None:
         """Processes that hold the same tokens."""
         return self.over("tp")

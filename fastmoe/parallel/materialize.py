@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmoe._seeds import mix
-from fastmoe.experts import MLPExperts
-from fastmoe.experts.base import local
-from fastmoe.parallel.hidden import take_hidden
+from fastmoe.experts import MLPExperts, local
+from fastmoe.parallel.hidden import split_dimension, take_hidden
 from fastmoe.routers import Router
 
 
@@ -114,22 +113,19 @@ def _reset_stacked(experts: MLPExperts, name: str, seed: int) -> None:
     """Each expert from numbers of its own, drawn whole, of which this process keeps its part."""
     for parameter_name, parameter in experts.named_parameters(recurse=False):
         rows = local(parameter)
-        bound, split = experts.bound(parameter_name), 1 if parameter_name == "b2" else experts.tp.size
+        bound, dim = experts.bound(parameter_name), split_dimension(parameter_name)
         for row, number in zip(rows, range(_first(experts, parameter), experts.num_experts), strict=False):
             torch.manual_seed(mix(seed, name, parameter_name, number))
-            shape = list(rows.shape)
-            shape[0] = 1
-            if split > 1:
-                shape[2 if parameter_name == "w2" else 1] *= split
+            shape = [1, *rows.shape[1:]]
+            if dim is not None:
+                shape[dim] *= experts.tp.size
             whole = torch.empty(shape, device=rows.device, dtype=rows.dtype).uniform_(-bound, bound)
             row.copy_(take_hidden(experts, parameter_name, whole)[0])
 
 
 def _first(experts: MLPExperts, parameter: nn.Parameter) -> int:
     """The number of the first expert in this process's part of a parameter."""
-    mesh = getattr(parameter, "device_mesh", None)
-    names = () if mesh is None else mesh.mesh_dim_names or ()
-    if "dp" not in names or mesh is None:
-        return experts.held.start
-    each = -(-len(experts.held) // mesh.size(names.index("dp")))
-    return min(experts.held.start + mesh.get_local_rank("dp") * each, experts.held.stop)
+    from fastmoe.parallel.global_state_placement import placed
+
+    _, _, offset = placed("experts", parameter)
+    return offset[0] if hasattr(parameter, "placements") else experts.held.start

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastmoe._errors import check_choice, check_int
+from fastmoe._errors import check_int
+from fastmoe.experts import local
 from fastmoe.model import moe_layers
 from fastmoe.parallel.agree import check_agreement
-from fastmoe.parallel.checks import check_options, check_sharing
+from fastmoe.parallel.checks import check_engine, check_sharing
 from fastmoe.parallel.engines import Parallel, broadcast, find_parallel, parameters_of, use_ddp, use_fsdp
 from fastmoe.parallel.layout import Layout
 from fastmoe.parallel.shard import check_layer, shard_layer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-ENGINES = ("ddp", "fsdp")
 
 
 def parallelize(
@@ -77,15 +76,10 @@ def parallelize(
         "engine_options": engine_options,
     }
     check_agreement(model, layout, options)
-    check_choice("engine", engine, ENGINES)
     check_int("chunks", chunks, 1)
     if find_parallel(model) is not None:
         raise ValueError(f"{type(model).__name__} is parallel already")
-    if engine == "fsdp" and "tp" in (mesh.mesh_dim_names or ()):
-        raise ValueError("engine 'fsdp' takes a mesh of dp and ep; tp is for engine 'ddp'")
-    if blocks and engine == "ddp":
-        raise ValueError("blocks are for engine 'fsdp'")
-    check_options(model, layout, engine, engine_options)
+    check_engine(model, layout, engine, blocks, engine_options)
     check_sharing(model, layout)
     for name, layer in moe_layers(model).items():
         check_layer(layer, layout, name)
@@ -109,10 +103,9 @@ def parallelize(
 
 
 def _start_alike(model: nn.Module, layout: Layout) -> None:
-    everyone = layout.over("dp", "ep", "tp")
+    everyone = layout.everyone
     broadcast(parameters_of(model, experts=False), everyone)
-    of_experts = [p.to_local() if hasattr(p, "to_local") else p for p in parameters_of(model, experts=True)]
-    broadcast(of_experts, layout.replicas)
+    broadcast(map(local, parameters_of(model, experts=True)), layout.replicas)
     routed = {b for layer in moe_layers(model).values() for b in layer.experts.buffers()}
     broadcast([b for b in model.buffers() if b not in routed], everyone)
     broadcast([b for b in model.buffers() if b in routed], layout.replicas)
