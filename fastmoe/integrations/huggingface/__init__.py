@@ -1,0 +1,1 @@
+"""fastmoe inside Hugging Face transformers."""
