@@ -271,7 +271,7 @@ class MoE(nn.Module):
         return from_slots(y_LO, routing.combine_BSL, self.num_experts), offsets_E
 
     def _run(self, x_TD: Tensor, rows: RoutedRows) -> tuple[Tensor, Tensor]:
-        return self.experts.together(self.dispatcher.run, self.experts.cast(x_TD), rows, self.experts.mix)
+        return self.experts(x_TD, self.dispatcher.run, rows)
 
     def _hand_over_losses(self, routing: Routing) -> Tensor:
         """The routing weights, with the balance losses attached unless a sink takes them."""

@@ -1,7 +1,7 @@
 """`Experts`: what the layer asks of its experts, whatever they are made of."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from fastmoe import kernels
 from fastmoe._processes import ALONE, Processes
 from fastmoe.kernels import Plan
 
-Answer = TypeVar("Answer")
-
 
 class Experts(nn.Module):
-    """Rows grouped by expert in, rows out; a subclass defines `forward(rows_ND, offsets_e)`.
+    """Tokens in, sums of what experts make of them out.
+
+    A subclass defines `compute(rows_ND, offsets_e)`: rows grouped by expert in, rows out.
 
     Attributes:
         num_experts: E, of the whole layer.
@@ -29,12 +29,12 @@ class Experts(nn.Module):
         self.backend = kernels.check_backend(backend)
         self.tp: Processes = ALONE
 
-    def together(self, function: Callable[..., Answer], *args: Any) -> Answer:
-        """Call a function that uses the experts, several times perhaps.
+    def forward(self, x_TD: Tensor, run: Callable[..., tuple[Tensor, Tensor]], rows: Any) -> tuple[Tensor, Tensor]:
+        """What a dispatcher's `run` makes of tokens and routed rows with these experts.
 
-        FSDP gathers weights around calls of methods that it is told of: this is the one.
+        All use of the weights is inside, for what hooks into a module's forward: FSDP, adapters, offloading.
         """
-        return function(*args)
+        return run(self.cast(x_TD), rows, self.mix)
 
     def cast(self, x_TD: Tensor) -> Tensor:
         """Tokens in the dtype that the experts compute in, so that no more bytes travel than they read."""
@@ -53,8 +53,12 @@ class Experts(nn.Module):
 
     def _mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
         rows_ND = x_TD.index_select(0, token_ids_N[plan.order_N])
-        rows_NO = self.forward(rows_ND, plan.offsets_E)  # FSDP's hooks are around `together`
+        rows_NO = self.compute(rows_ND, plan.offsets_E)
         return kernels.combine(rows_NO, token_ids_N, weights_N, plan, len(x_TD), backend=self.backend)
+
+    def compute(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
+        """Rows sorted by expert in, rows out, `(N, O)`; rows past the last offset give zeros."""
+        raise NotImplementedError
 
     def parameters_per_expert(self) -> list[int]:
         """How many parameters each of the E experts has of its own."""

@@ -115,7 +115,7 @@ class MLPExperts(Experts):
             b2 = ScaleGradient.apply(b2, float(self.tp.size)) / self.tp.size
         return w1, b1, w2, b2
 
-    def forward(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
+    def compute(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert in, rows out, `(N, D)`; rows past the last offset give zeros."""
         w1, b1, w2, b2 = self.matrices()
         pre_NH = kernels.grouped_mm(rows_ND, w1, offsets_E, b1, backend=self.backend)

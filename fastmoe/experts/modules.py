@@ -59,7 +59,7 @@ class ModuleExperts(Experts):
         """Initialise every expert anew where it can: each part that has `reset_parameters`."""
         reset_where_possible(self.modules_list)
 
-    def forward(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
+    def compute(self, rows_ND: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert in, rows out, `(N, d_out)`; rows past the last offset give zeros.
 
         Raises:

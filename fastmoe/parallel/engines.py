@@ -95,7 +95,7 @@ def use_ddp(model: nn.Module, parallel: Parallel, options: dict[str, Any]) -> No
 
 def use_fsdp(model: nn.Module, parallel: Parallel, blocks: Sequence[type[nn.Module]], options: dict[str, Any]) -> None:
     """Each layer's experts over their replicas, the rest over all processes; `blocks` are sharded one by one."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     layout = parallel.layout
     assert layout.batch is not None
@@ -108,7 +108,6 @@ def use_fsdp(model: nn.Module, parallel: Parallel, blocks: Sequence[type[nn.Modu
             if isinstance(layer.experts, MLPExperts) and list(shared.parameters()):
                 fully_shard(shared, mesh=layout.batch, **options)
         fully_shard(layer.experts, mesh=layout.replicas, **options)
-        register_fsdp_forward_method(layer.experts, "together")
     inner = [module for module in model.modules() if module is not model and isinstance(module, tuple(blocks))]
     for module in [*reversed(inner), model]:
         fully_shard(module, mesh=layout.batch, ignored_params=apart, **options)

@@ -17,7 +17,7 @@ def test_stacked_experts_are_linear_layers(activation, bias):
     experts = MLPExperts(3, 4, 5, activation=activation, bias=bias).double()
     module = {"relu": nn.ReLU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}[activation]
     rows = torch.randn(7, 4, dtype=torch.float64)
-    out = experts(rows, OFFSETS)
+    out = experts.compute(rows, OFFSETS)
     for e, (start, end) in enumerate([(0, 2), (2, 2), (2, 5)]):
         first, second = nn.Linear(4, 5, bias).double(), nn.Linear(5, 4, bias).double()
         for linear, name in ((first, "1"), (second, "2")):
@@ -46,7 +46,7 @@ def make_modules():
 def test_module_experts():
     experts = ModuleExperts(make_modules()).double()
     rows = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    out = experts(rows, OFFSETS)
+    out = experts.compute(rows, OFFSETS)
     linear, _, identity = experts.modules_list
     expected = torch.cat([linear(rows[:2]), identity(rows[2:5]), torch.zeros(2, 4, dtype=torch.float64)])
     torch.testing.assert_close(out, expected)
@@ -61,7 +61,7 @@ def test_module_experts():
 
 def test_no_row_at_all():
     experts = ModuleExperts([nn.Linear(4, 6), nn.Linear(4, 6)])
-    out = experts(torch.randn(3, 4), torch.zeros(2, dtype=torch.int32))
+    out = experts.compute(torch.randn(3, 4), torch.zeros(2, dtype=torch.int32))
     assert torch.equal(out, torch.zeros(3, 6))
     out.sum().backward()
     assert all((grad == 0).all() for grad in gradients(experts).values())
@@ -70,7 +70,7 @@ def test_no_row_at_all():
 def test_a_frozen_idle_expert():
     experts = ModuleExperts(make_modules())
     experts.modules_list[1].requires_grad_(False)
-    experts(torch.randn(7, 4), OFFSETS).sum().backward()
+    experts.compute(torch.randn(7, 4), OFFSETS).sum().backward()
     assert all(p.grad is None for p in experts.modules_list[1].parameters())
     assert all(p.grad is not None for p in experts.modules_list[0].parameters())
 
@@ -96,7 +96,7 @@ class Wrong(nn.Module):
 def test_an_expert_that_answers_wrongly(answer, message):
     experts = ModuleExperts([nn.Linear(4, 4), nn.Linear(4, 4), Wrong(answer)])
     with pytest.raises(ValueError, match=message):
-        experts(torch.randn(7, 4), OFFSETS)
+        experts.compute(torch.randn(7, 4), OFFSETS)
 
 
 def test_what_expert_may_be():
@@ -136,7 +136,7 @@ def test_the_shared_expert_is_a_stacked_one(activation):
     pairs = {"w1": shared.w1.weight, "b1": shared.w1.bias, "w2": shared.w2.weight, "b2": shared.w2.bias}
     stacked.load_state_dict({name: value.unsqueeze(0) for name, value in pairs.items()})
     x = torch.randn(6, 4, dtype=torch.float64)
-    torch.testing.assert_close(shared(x), stacked(x, torch.tensor([6], dtype=torch.int32)))
+    torch.testing.assert_close(shared(x), stacked.compute(x, torch.tensor([6], dtype=torch.int32)))
 
 
 def test_dropout_is_on_the_hidden_activations():
@@ -144,10 +144,10 @@ def test_dropout_is_on_the_hidden_activations():
     experts.w1.data.fill_(1.0)
     experts.w2.data.fill_(1.0)
     rows, offsets = torch.full((2, 3), 1 / 3), torch.tensor([1, 2], dtype=torch.int32)
-    kept = experts(rows, offsets) * 0.75 / 1000  # the share of 1000 hidden units that was kept, per row
+    kept = experts.compute(rows, offsets) * 0.75 / 1000  # the share of 1000 hidden units that was kept, per row
     assert ((kept - 0.75).abs() < 0.1).all()
     assert kept[0, 0] != kept[1, 0]
-    torch.testing.assert_close(experts.eval()(rows, offsets), torch.full((2, 3), 1000.0))
+    torch.testing.assert_close(experts.eval().compute(rows, offsets), torch.full((2, 3), 1000.0))
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.5, "0.1", True, float("nan")])
