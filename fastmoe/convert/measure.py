@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoe.convert.projection import Projection
+from fastmoe.convert.projection import Parts
 from fastmoe.convert.twin import agree, make_rows, run, twin_of, undisturbed
 from fastmoe.kernels.activations import ACTIVATIONS
 
@@ -37,21 +37,17 @@ class Form:
 class Formula:
     """`output_dropout(down(dropout(activation(up(x)))))`; with a gate `activation(gate(x)) * up(x)` inside."""
 
-    up: Projection
-    down: Projection
-    gate: Projection | None
+    parts: Parts
 
     def __call__(self, x_TD: Tensor, activation: Function, dropout: Function, output_dropout: Function) -> Tensor:
         # In two lots, so that an activation that mixes rows shows.
         return torch.cat([output_dropout(self._rows(x, activation, dropout)) for x in x_TD.chunk(2)])
 
     def _rows(self, x_TD: Tensor, activation: Function, dropout: Function) -> Tensor:
-        h_TH = F.linear(x_TD, self.up.weight, self.up.bias)
-        if self.gate is None:
-            h_TH = activation(h_TH)
-        else:
-            h_TH = activation(F.linear(x_TD, self.gate.weight, self.gate.bias)) * h_TH
-        return F.linear(dropout(h_TH), self.down.weight, self.down.bias)
+        up, down, gate = self.parts.up, self.parts.down, self.parts.gate
+        h_TH = F.linear(x_TD, up.weight, up.bias)
+        h_TH = activation(h_TH) if gate is None else activation(F.linear(x_TD, gate.weight, gate.bias)) * h_TH
+        return F.linear(dropout(h_TH), down.weight, down.bias)
 
 
 class _Probe(nn.Dropout):
@@ -80,16 +76,14 @@ def known_name(activation: Function) -> str | None:
         return next((name for name, known in PLAIN.items() if agree(y, known(x))), None)
 
 
-def measure(block: nn.Module, up: str, down: str, gate: str | None) -> Form | None:
-    """The form of `block`, whose projections have these names; None when no form gives its outputs."""
+def measure(block: nn.Module, parts_of: Callable[[nn.Module], Parts]) -> Form | None:
+    """The form of `block`, whose projections `parts_of` finds; None when no form gives its outputs."""
     with undisturbed():
         twin = twin_of(block)
         if twin is None:
             return None
-        formula = Formula(
-            Projection.of(twin, up), Projection.of(twin, down), None if gate is None else Projection.of(twin, gate)
-        )
-        x_TD = make_rows(formula.up.weight.shape[1])
+        formula = Formula(parts_of(twin))
+        x_TD = make_rows(formula.parts.up.weight.shape[1])
         activation = _find_activation(block, twin, formula, x_TD)
         if activation is None:
             return None
@@ -107,7 +101,7 @@ def _find_activation(
     y_TD = run(twin.eval(), x_TD)
     if y_TD is None:
         return None
-    for activation, call in _candidates(block, twin, gated=formula.gate is not None):
+    for activation, call in _candidates(block, twin, gated=formula.parts.gate is not None):
         try:
             expected = formula(x_TD, call, _identity, _identity)
         except Exception:

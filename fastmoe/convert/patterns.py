@@ -8,21 +8,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmoe.convert.measure import Form, known_name, measure
-from fastmoe.convert.projection import Projection, is_projection
+from fastmoe.convert.projection import Parts, Projection, is_projection
+from fastmoe.convert.split import obstacle_in, split_pattern_of
 from fastmoe.convert.transformer import output_dropout_of
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A row: the attributes that hold a block's projections. Activation and dropout are found by measuring."""
+    """A row: the attributes that hold a block's projections. Activation and dropout are found by measuring.
+
+    `fused`: the one called `up` computes the gate and what it gates, the gate's half first.
+    """
 
     up: str
     down: str
     gate: str | None = None
+    fused: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
+
+    def parts(self, block: nn.Module) -> Parts:
+        """The block's projections."""
+        up, down = Projection.of(block, self.up), Projection.of(block, self.down)
+        if self.fused:
+            gate, up = up.halves()
+            return Parts(up, down, gate)
+        return Parts(up, down, None if self.gate is None else Projection.of(block, self.gate))
 
 
 PATTERNS = (
@@ -34,6 +47,7 @@ PATTERNS = (
     Pattern("dense_h_to_4h", "dense_4h_to_h"),  # Megatron, GPT-NeoX
     Pattern("up_proj", "down_proj"),  # Nemotron
     Pattern("up_proj", "down_proj", gate="gate_proj"),  # Llama, Mistral, Qwen, Gemma
+    Pattern("gate_up_proj", "down_proj", fused=True),  # Phi-3, GLM
     Pattern("w3", "w2", gate="w1"),  # Llama reference
     Pattern("w2", "w3", gate="w1"),  # xFormers
     Pattern("w_1", "w_2"),  # The Annotated Transformer
@@ -46,27 +60,25 @@ PATTERNS = (
 class FeedForward:
     """A block whose inside is known: `output_dropout(down(dropout(activation(up(x)))))`, or gated.
 
-    `up` and `gate` are (H, D), `down` is (D, H). `activation` is a name that `fastmoe.MoE` knows, or a callable.
+    `activation` is a name that `fastmoe.MoE` knows, or a callable.
     """
 
-    up: Projection
-    down: Projection
-    gate: Projection | None
+    parts: Parts
     activation: str | Callable[[Tensor], Tensor]
     dropout: float
     output_dropout: nn.Module | None
 
     @property
     def d_model(self) -> int:
-        return self.up.weight.shape[1]
+        return self.parts.up.weight.shape[1]
 
     @property
     def d_hidden(self) -> int:
-        return self.up.weight.shape[0]
+        return self.parts.up.weight.shape[0]
 
     @property
     def bias(self) -> bool:
-        parts = (self.up, self.down, self.gate)
+        parts = (self.parts.up, self.parts.down, self.parts.gate)
         return any(part is not None and part.bias is not None for part in parts)
 
 
@@ -74,6 +86,9 @@ def recognise(block: nn.Module) -> FeedForward | str | None:
     """The inside of `block`; or why a block that looks like a row is none; or None when no row looks like it."""
     if output_dropout_of(block) is not None:
         return _torch_layer(block)
+    split = split_pattern_of(block)
+    if split is not None:
+        return obstacle_in(block) or _read(split.chain(block), Pattern(split.up, split.down))
     reason: str | None = None
     for pattern in _rows_for(block):
         found = _read(block, pattern)
@@ -86,35 +101,34 @@ def recognise(block: nn.Module) -> FeedForward | str | None:
 def _rows_for(block: nn.Module) -> list[Pattern]:
     if isinstance(block, nn.Sequential):
         linears = [name for name, child in block.named_children() if is_projection(child)]
-        return [Pattern(*linears)] if len(linears) == 2 else []
+        return [Pattern(linears[0], linears[1])] if len(linears) == 2 else []
     return [p for p in PATTERNS if all(block._modules.get(name) is not None for name in p.names)]
 
 
 def _read(block: nn.Module, pattern: Pattern) -> FeedForward | str | None:
     names = "/".join(pattern.names)
-    if not all(is_projection(getattr(block, name)) for name in pattern.names):
+    if not all(is_projection(block.get_submodule(name)) for name in pattern.names):
         return f"its {names} are not all plain Linear layers"
-    up, down = Projection.of(block, pattern.up), Projection.of(block, pattern.down)
-    gate = None if pattern.gate is None else Projection.of(block, pattern.gate)
-    if up.weight.shape != down.weight.shape[::-1] or (gate is not None and gate.weight.shape != up.weight.shape):
+    parts = pattern.parts(block)
+    if not parts.fit:
         return None
     obstacle = _obstacle(block, pattern)
     if obstacle is not None:
         return obstacle
-    form = measure(block, pattern.up, pattern.down, pattern.gate)
+    form = measure(block, pattern.parts)
     if form is None:
         return f"its forward does not compute the feed-forward formula over {names}"
-    return _feed_forward(up, down, gate, form)
+    return _feed_forward(parts, form)
 
 
-def _feed_forward(up: Projection, down: Projection, gate: Projection | None, form: Form) -> FeedForward:
+def _feed_forward(parts: Parts, form: Form) -> FeedForward:
     dropout = 0.0 if form.dropout is None else form.dropout.p
-    return FeedForward(up, down, gate, form.activation, dropout, form.output_dropout)
+    return FeedForward(parts, form.activation, dropout, form.output_dropout)
 
 
 def _obstacle(block: nn.Module, pattern: Pattern) -> str | None:
     """What a stacked expert could not carry over, though the arithmetic may agree."""
-    inside = {id(p) for name in pattern.names for p in getattr(block, name).parameters()}
+    inside = {id(p) for name in pattern.names for p in block.get_submodule(name).parameters()}
     if any(id(p) not in inside for p in block.parameters()) or any(True for _ in block.buffers()):
         return f"it holds parameters or buffers besides {'/'.join(pattern.names)}"
     if has_hooks(block):
@@ -154,5 +168,5 @@ def _torch_layer(layer: nn.Module) -> FeedForward | str:
     activation: Any = layer.activation
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return "its activation has parameters of its own"
-    up, down = Projection.of(layer, "linear1"), Projection.of(layer, "linear2")
-    return FeedForward(up, down, None, known_name(activation) or activation, dropout.p, None)
+    parts = Parts(Projection.of(layer, "linear1"), Projection.of(layer, "linear2"))
+    return FeedForward(parts, known_name(activation) or activation, dropout.p, None)

@@ -21,6 +21,31 @@ class Projection:
         oriented = weight.t() if _is_transposed(module) else weight
         return cls(oriented, bias, weight.requires_grad, bias is not None and bias.requires_grad)
 
+    def halves(self) -> tuple["Projection", "Projection"]:
+        """The map of the first half of the outputs, and of the second."""
+        weights = self.weight.chunk(2)
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        first, second = (
+            Projection(weight, bias, self.trainable, self.bias_trainable)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        return first, second
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The projections of a feed-forward block: `up` and `gate` are (H, D), `down` is (D, H)."""
+
+    up: Projection
+    down: Projection
+    gate: Projection | None = None
+
+    @property
+    def fit(self) -> bool:
+        """Whether their shapes are those of one block."""
+        shape = self.up.weight.shape
+        return shape == self.down.weight.shape[::-1] and (self.gate is None or self.gate.weight.shape == shape)
+
 
 def is_projection(module: object) -> bool:
     """Whether `module` is a linear map and nothing else: no adapter, no parametrisation, no quantised weight."""

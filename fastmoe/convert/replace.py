@@ -7,6 +7,7 @@ from torch import nn
 
 from fastmoe._errors import check_int
 from fastmoe.convert.recipe import Recipe
+from fastmoe.convert.split import put_moe_between, split_pattern_of
 from fastmoe.convert.targets import Match, Search, Target, nothing_matched
 from fastmoe.convert.transformer import leave_fused_paths, output_dropout_of, put_moe_into
 from fastmoe.convert.upcycle import moe_from_known, moe_from_unknown, weights_sum_to_one
@@ -92,6 +93,10 @@ def _put(model: nn.Module, match: Match, moe: MoE) -> nn.Module:
     """`model` with `moe` wherever the block was."""
     if match.inside is not None and output_dropout_of(match.block) is not None:
         put_moe_into(match.block, moe)
+        return model
+    split = split_pattern_of(match.block)
+    if match.inside is not None and split is not None:
+        put_moe_between(match.block, split, moe)
         return model
     if match.block is model:
         return moe

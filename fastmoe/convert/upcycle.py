@@ -26,8 +26,8 @@ def moe_from_known(name: str, dense: FeedForward, recipe: Recipe) -> MoE:
         "activation": dense.activation,
         "bias": dense.bias,
         "dropout": dense.dropout,
-        "device": dense.up.weight.device,
-        "dtype": dense.up.weight.dtype,
+        "device": dense.parts.up.weight.device,
+        "dtype": dense.parts.up.weight.dtype,
     }
     _check_width(name, dense.d_model, recipe)
     if recipe.upcycles:
@@ -101,12 +101,13 @@ def _copy_weights(moe: MoE, dense: FeedForward) -> None:
     """Every expert becomes the dense block."""
     experts = moe.experts
     assert isinstance(experts, MLPExperts)
-    first = [dense.up] if dense.gate is None else [dense.gate, dense.up]
+    up, down, gate = dense.parts.up, dense.parts.down, dense.parts.gate
+    first = [up] if gate is None else [gate, up]
     _fill(experts.w1, torch.cat([p.weight for p in first]), first[0].trainable)
-    _fill(experts.w2, dense.down.weight, dense.down.trainable)
+    _fill(experts.w2, down.weight, down.trainable)
     if experts.b1 is not None and experts.b2 is not None:
         _fill(experts.b1, torch.cat([_bias(p) for p in first]), any(p.bias_trainable for p in first))
-        _fill(experts.b2, _bias(dense.down), dense.down.bias_trainable)
+        _fill(experts.b2, _bias(down), down.bias_trainable)
 
 
 def _bias(projection: Projection) -> Tensor:

@@ -88,6 +88,19 @@ class Gated(nn.Module):
         return down(h if self.dropout is None else self.dropout(h))
 
 
+class FusedGate(nn.Module):
+    """Phi-3's: gate and up in one matrix, the gate's half first, or last in a look-alike."""
+
+    def __init__(self, bias: bool = False, gate_first: bool = True) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(D, 2 * H, bias=bias), nn.Linear(H, D, bias=bias)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up if self.gate_first else F.silu(up) * gate)
+
+
 class OneDropoutTwice(nn.Module):
     """Older timm: the same dropout after the activation and at the end; the activation is a string's affair."""
 
@@ -144,6 +157,8 @@ CASES = {
     "neox": Case(lambda: Plain("dense_h_to_4h", "dense_4h_to_h", F.gelu), "gelu"),
     "nemotron": Case(lambda: Plain("up_proj", "down_proj", lambda x: F.relu(x) ** 2), None),
     "llama": Case(lambda: Gated("gate_proj", "up_proj", "down_proj", nn.SiLU()), "swiglu"),
+    "phi3": Case(FusedGate, "swiglu"),
+    "phi3_bias": Case(lambda: FusedGate(bias=True), "swiglu"),
     "gemma": Case(lambda: Gated("gate_proj", "up_proj", "down_proj", F.gelu), "geglu"),
     "llama_reference": Case(lambda: Gated("w1", "w3", "w2", F.silu), "swiglu"),
     "xformers": Case(lambda: Gated("w1", "w2", "w3", F.silu, bias=True), "swiglu"),
@@ -219,6 +234,11 @@ class ClippedRelu(Residual):
         return self.fc2(F.relu6(self.fc1(x)))
 
 
+class GateLast(FusedGate):
+    def __init__(self) -> None:
+        super().__init__(gate_first=False)
+
+
 LOOK_ALIKES = {
     Residual: "does not compute",
     NormBetween: "parameters or buffers besides",
@@ -229,6 +249,7 @@ LOOK_ALIKES = {
     TokenShift: "does not compute",
     TwoArguments: "more than one argument (scale)",
     ClippedRelu: "does not compute",
+    GateLast: "does not compute",
 }
 
 
