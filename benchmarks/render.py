@@ -64,6 +64,30 @@ def layer_table(*results: dict) -> str:
     return "\n".join(lines)
 
 
+def hugging_face_table(*results: dict) -> str:
+    """The experts of transformers' Mixtral block: ours of its `grouped_mm`, and how many times ours the others take."""
+    names = ["HF batched_mm", "HF eager"]
+    lines = [
+        "| T, E, D, H, K | dtype | pass | fastmoe, ms | grouped_mm, ms | fastmoe / grouped_mm | quartiles "
+        "| batched_mm / fastmoe | eager / fastmoe |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in (row for result in results for row in result["rows"]):
+        shape = ", ".join(str(size) for size in row["shape"].values())
+        for mode, found in row["modes"].items():
+            ours, theirs = (found["contenders"][f"HF {name}"] for name in ("fastmoe", "grouped_mm"))
+            ratio, high, low = (1 / times for times in (theirs["times_ours"], *theirs["spread"]))
+            others = " | ".join(_peer(found["contenders"], name) for name in names)
+            lines.append(
+                f"| {shape} | {row['dtype']} | {mode} | {ours['median_ms']:.1f} | {theirs['median_ms']:.1f} "
+                f"| {ratio:.2f} | {low:.2f}-{high:.2f} | {others} |"
+            )
+    links = ", ".join(f"[{name}.json](../benchmarks/results/{name}.json)" for name in HUGGING_FACE_RESULTS)
+    machine, settings = results[0]["machine"], results[0]["settings"]
+    library = f"transformers {results[0]['libraries']['transformers']}"
+    return "\n".join([*lines, "", f"{_machine(machine)}, {library}, {settings['rounds']} rounds. Figures: {links}."])
+
+
 def _place(row: dict) -> tuple:
     sizes = row["shape"]
     return (
@@ -113,11 +137,13 @@ def _ratio(value: float) -> str:
 
 
 SPEED = ["cpu", "cpu_large"]
+HUGGING_FACE_RESULTS = ["hf"]
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 TABLES = [
     ("cpu", SPEED, ROOT / "README.md", speed_table),
     ("memory", SPEED, BENCHMARKS, memory_table),
     ("layers", SPEED, BENCHMARKS, layer_table),
+    ("hugging face", HUGGING_FACE_RESULTS, BENCHMARKS, hugging_face_table),
     ("routers", ["routers"], ROOT / "docs" / "routers.md", router_table),
 ]
 

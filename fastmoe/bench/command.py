@@ -24,7 +24,7 @@ gradients were found equal to the reference's in float64. Writes NAME.json and N
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    preset: Literal["cpu", "fastmoe-paper", "gpu-large", "gpu-decode", "gpu-dense", "gpu-paper"] = "cpu"
+    preset: Literal["cpu", "fastmoe-paper", "hf", "gpu-large", "gpu-decode", "gpu-dense", "gpu-paper", "gpu-hf"] = "cpu"
     """What to run where no flag says otherwise."""
     shapes: tuple[str, ...] = ()
     """TxExDxHxK, as 2048x64x512x1024x2; forward and backward."""

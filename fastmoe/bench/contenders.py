@@ -22,7 +22,10 @@ def table() -> dict[str, Builder]:
         "ModuleList loop": plain.module_list,
         "brute-force loop": plain.brute_force,
         DENSE: plain.dense,
-        **{f"HF {name}": partial(huggingface.mixtral, implementation=name) for name in huggingface.IMPLEMENTATIONS},
+        **{
+            huggingface.named(name): partial(huggingface.mixtral, implementation=name)
+            for name in huggingface.IMPLEMENTATIONS
+        },
         **peers.LAYERS,
     }
     return eager | {in_graph_name(name): in_graph(eager[name]) for name in CAPTURED}

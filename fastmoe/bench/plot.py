@@ -6,8 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastmoe.bench import huggingface
 from fastmoe.bench.contenders import OURS
 from fastmoe.bench.peers import LAYERS
+
+PLAIN = ("F.grouped_mm", "ModuleList loop", "brute-force loop")
 
 
 def plot(result: dict, path: Path) -> None:
@@ -64,7 +67,8 @@ def _bars(result: dict) -> Figure:
 
 
 def _panel(axes: Axes, rows: list[dict]) -> None:
-    names = [OURS, "F.grouped_mm", "ModuleList loop", "brute-force loop"]
+    ran = {name for row in rows for found in row["modes"].values() for name in found["contenders"]}
+    names = [OURS, *(PLAIN if ran.intersection(PLAIN) else reversed(huggingface.NAMES))]
     labels = []
     for i, row in enumerate(rows):
         mode, found = list(row["modes"].items())[-1]

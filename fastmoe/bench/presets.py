@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from fastmoe.bench import huggingface
 from fastmoe.bench.contenders import CAPTURED
 from fastmoe.bench.graphs import in_graph_name
 
@@ -21,6 +22,17 @@ class Preset:
     device: str = "cpu"
 
 
+_HUGGING_FACE = Preset(
+    shapes=(
+        *((tokens, 64, 512, 1024, 2) for tokens in (1, 16, 256, 2048)),
+        (16, 256, 256, 512, 2),
+        (1024, 256, 256, 512, 2),
+    ),
+    dtypes=("float32", "bfloat16"),
+    activations=("swiglu",),
+    contenders=huggingface.NAMES,
+)
+
 PRESETS = {
     "cpu": Preset(
         shapes=(
@@ -34,6 +46,8 @@ PRESETS = {
         dtypes=("float32", "bfloat16"),
         activations=("gelu", "swiglu"),
     ),
+    "hf": _HUGGING_FACE,
+    "gpu-hf": dataclasses.replace(_HUGGING_FACE, device="cuda"),
     "gpu-large": Preset(
         shapes=((32768, 128, 4096, 1024, 8), (32768, 128, 2048, 768, 8)),
         dtypes=("bfloat16",),

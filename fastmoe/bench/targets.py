@@ -53,11 +53,14 @@ def _of_row(preset: str, row: dict) -> Iterator[Target]:
             for name in (OURS, in_graph_name(OURS)):
                 value = _figure(contenders, name, "over_bytes")
                 yield Target(f"{case}, {name}: over bytes", value, MOST_OVER_BYTES, False)
+        elif preset == "gpu-hf":
+            value = _figure(contenders, "HF grouped_mm", "times_ours")
+            yield Target(f"{case}, {mode}: HF grouped_mm, times HF fastmoe", value, LEAST_TIMES_GROUPED, True)
         elif preset == "gpu-paper" and row["shape"]["E"] >= 64 and mode == "forward+backward":
             for name in LOOPS:
                 value = _figure(contenders, name, "times_ours")
                 yield Target(f"{case}, {mode}: {name}, times ours", value, LEAST_TIMES_A_LOOP, True)
-    if preset.startswith("gpu-") and "memory" in row:
+    if preset in ("gpu-large", "gpu-dense", "gpu-paper") and "memory" in row:
         kept = row["memory"][OURS]
         value = kept["kept_bytes"] / kept["formula_bytes"]
         yield Target(f"{case}: kept, over formula", value, MOST_OVER_FORMULA, False)

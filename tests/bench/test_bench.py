@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("tyro")
 
-from fastmoe.bench import gate, peers, plain, presets, summary
+from fastmoe.bench import gate, huggingface, peers, plain, presets, summary
 from fastmoe.bench import measure as measuring
 from fastmoe.bench import memory as bench_memory
 from fastmoe.bench.command import Command as Flags
@@ -54,6 +54,48 @@ def test_hugging_face_is_right():
     found = gathered(Problem(SMALL, torch.float32, "swiglu"), names)
     assert set(names) <= set(found.contenders), found.left_out
     assert all("swiglu" in gathered(Problem(SMALL, torch.float32), names).left_out[name] for name in names)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_hugging_face_preset_with_tiny_shapes(dtype, tmp_path):
+    shapes = ["--shapes", "1x4x32x64x2", "24x4x32x64x2", "--rounds", "2", "--no-memory"]
+    assert main(["--preset", "hf", "--dtypes", dtype, *shapes, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "hf.json").read_text())
+    assert [row["shape"]["T"] for row in result["rows"]] == [1, 24]
+    for row in result["rows"]:
+        assert not row["left_out"]
+        assert row["relative_errors"][huggingface.OURS] > 0
+        for found in row["modes"].values():
+            assert set(found["contenders"]) == {OURS, DENSE, *huggingface.NAMES}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("change", [lambda y: y * 1.001, lambda y: y.detach() + 0 * y])
+def test_ours_in_transformers_is_not_timed_where_it_is_wrong(change, monkeypatch):
+    experts = pytest.importorskip("fastmoe.integrations.huggingface.experts")
+    right = experts.experts_forward
+    monkeypatch.setattr(experts, "experts_forward", lambda *arguments: change(right(*arguments)))
+    found = gathered(Problem(SMALL, torch.float32, "swiglu"), huggingface.NAMES)
+    monkeypatch.undo()
+    experts.register()
+    assert set(found.contenders) == {OURS, DENSE, *huggingface.THEIRS}
+    assert found.left_out[huggingface.OURS].startswith("wrong: relative error")
+
+
+def test_implementations_of_transformers_are_compared_with_ours_there():
+    runs = {OURS: [1.0, 1.0], huggingface.OURS: [2.0, 2.0], "HF grouped_mm": [6.0, 6.0], "F.grouped_mm": [3.0, 3.0]}
+    floor = {"floor_ms": 1.0, "dense_ms": 1.0, "bytes_ms": 1.0, "flops": 1, "matmul_ms": 1.0}
+    times = {name: summary.figures(name, run, runs, floor)["times_ours"] for name, run in runs.items()}
+    assert times == {OURS: 1, huggingface.OURS: 2, "HF grouped_mm": 3, "F.grouped_mm": 3}
+    del runs[huggingface.OURS]
+    assert summary.figures("HF grouped_mm", runs["HF grouped_mm"], runs, floor)["times_ours"] == 6
+
+
+def test_what_transformers_would_fill_in_backward_has_a_limit(monkeypatch):
+    monkeypatch.setattr(huggingface, "_MOST_FILLED_BYTES", 1000)
+    found = gathered(Problem(SMALL, torch.float32, "swiglu"), ["HF eager"])
+    assert found.left_out["HF eager"].startswith("its backward would fill")
 
 
 def wrong(change):

@@ -1,13 +1,14 @@
 """What the GPU presets measure, on a CPU with toy shapes: truth, rates, memory, targets, and runs that end early."""
 
 import dataclasses
+import importlib.util
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastmoe.bench import gate, kept, memory, plain, summary, truth
+from fastmoe.bench import gate, huggingface, kept, memory, plain, summary, truth
 from fastmoe.bench import measure as measuring
 from fastmoe.bench import run as running
 from fastmoe.bench.contenders import DENSE, OURS, choose, table
@@ -129,6 +130,8 @@ def test_every_preset_with_toy_shapes(name):
         assert all(list(row["modes"]) == ["forward"] for row in result["rows"])
     else:
         assert all(OURS in row["memory"] for row in result["rows"])
+    if name == "gpu-hf" and importlib.util.find_spec("transformers"):
+        assert all(huggingface.OURS in row["memory"] for row in result["rows"])
     assert name == "gpu-paper" or targets(name, result)
 
 
@@ -147,6 +150,19 @@ def test_targets():
     found = [t["met"] for t in targets("gpu-large", result) if "grouped_mm" in t["what"]]
     assert found == [None] * 4
     assert targets("cpu", result) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_hugging_faces_target_is_on_every_line():
+    preset = Preset(((8, 4, 16, 16, 2),), ("float32",), ("swiglu",), contenders=huggingface.NAMES)
+    result = run(preset, Settings(1, 5, dry=True), lambda _: None)
+    modes = result["rows"][0]["modes"]
+    for times, met in ((0.99, False), (1.01, True)):
+        for found in modes.values():
+            found["contenders"]["HF grouped_mm"]["times_ours"] = times
+        judged = targets("gpu-hf", result)
+        assert [t["met"] for t in judged] == [met] * 2
+        assert [mode in t["what"] for t, mode in zip(judged, modes, strict=True)] == [True] * 2
 
 
 TINY = Preset(((8, 2, 16, 16, 2), (9, 2, 16, 16, 2)), ("float32",), ("gelu",), contenders=(OURS,))
