@@ -1,7 +1,7 @@
 """Mixture-of-Experts for PyTorch, made ordinary."""
 
 from fastmoe import kernels, routers
-from fastmoe.convert import moefy
+from fastmoe.hosts import moefy
 from fastmoe.kernels import backends, empty_cache
 from fastmoe.layer import MoE
 from fastmoe.load_monitor import LoadMonitor

@@ -308,7 +308,8 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N: Tensor):  # type: ignore[no-untyped-def]
-        return grad_N, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device) * ctx.scale, None
+        scale = torch.as_tensor(ctx.scale, dtype=ctx.loss_dtype, device=ctx.loss_device)
+        return grad_N, scale.clone(), None
 
 
 def _build_router(

@@ -20,11 +20,12 @@ RANKS = {
     "model": 4,
     "parameters": 5, "load_monitor": 5, "token_ids": 5,
     "parallel": 6,
-    "convert": 7, "integrations": 7, "models": 7,
-    "train": 8, "bench": 8, "check": 8, "plan": 8,
-    "tune": 9,
-    "cli": 10,
-    "__main__": 11,
+    "convert": 7, "models": 7,
+    "integrations": 8,
+    "hosts": 9, "train": 9, "bench": 9, "check": 9, "plan": 9,
+    "tune": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 EXTRAS = {"triton", "transformers", "megatron", "matplotlib", "tensorboard", "tyro", "rich", "numpy", "plotly"}
 

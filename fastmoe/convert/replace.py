@@ -26,37 +26,9 @@ def moefy(
     every: int = 1,
     **moe_options: Any,
 ) -> nn.Module:
-    """Replace feed-forward blocks of `model` by `fastmoe.MoE` layers, in place.
+    """Replace feed-forward blocks by MoE layers, in place; `fastmoe.moefy` says what the arguments are.
 
-    A block whose inside is known becomes stacked experts of the same widths, activation and dropouts: torch's
-    Transformer layers, the rows of `fastmoe.convert.PATTERNS`, and `Sequential(Linear, activation, Linear)`. A block is
-    run first, so that one that only looks like a row is not taken for it. Any other block is replicated as it is, and
-    must take rows `(rows, D)`. Blocks that are a MoE already are left alone: a second call changes nothing.
-
-    Args:
-        model: any module. Its device, dtype, mode and frozen weights are kept; a block used in several places becomes
-            one MoE in all of them.
-        num_experts, top_k: E and K of every new layer.
-        target: "auto", every known block; or which blocks: a module class, a glob over names as in
-            `model.named_modules()`, or a predicate `(name, module) -> bool`. Of nested blocks the outermost counts.
-        init: "upcycle", every expert starts as a copy of the dense block, and the model's outputs stay as they were
-            (Komatsuzaki et al. 2022, Sparse Upcycling, 2212.05055), given a router that drops nothing and whose weights
-            sum to 1 for each token, as "topk" has them; of a router by name that has not, a warning is logged.
-            "random": fresh experts.
-        every: replace every n-th matching block only: 2 means the 2nd, the 4th and so on.
-        moe_options: keyword arguments of `fastmoe.MoE`, in place of what the block says; `d_model` where the width of
-            a replicated block cannot be told from it.
-
-    Returns:
-        The model; where the model itself is a matching block, the MoE that replaces it.
-
-    Raises:
-        ValueError: nothing matches; an unknown option, `init` or target; an option that upcycling cannot follow;
-            a block that cannot be an expert. The model is then unchanged.
-
-    Note:
-        torch's fused eval path of `nn.TransformerEncoder` knows dense weights only and is switched off. It gives zeros
-        at padding positions; the ordinary path computes them like any other.
+    It goes on from here where a model belongs to a library that has to know.
     """
     recipe = Recipe(num_experts, top_k, init, moe_options)
     check_int("every", every, 1)

@@ -28,14 +28,9 @@ SPLIT_PATTERNS = (
     SplitPattern(
         # the layer's dropout, residual and norm follow in `output`
         layers=(
-            "AlignTextLayer",
-            "AltRobertaLayer",
             "BertGenerationLayer",
             "BertLayer",
-            "BridgeTowerTextLayer",
             "CamembertLayer",
-            "ChineseCLIPTextLayer",
-            "ClapTextLayer",
             "Data2VecTextLayer",
             "DebertaLayer",
             "DebertaV2Layer",
@@ -47,7 +42,6 @@ SPLIT_PATTERNS = (
             "RemBertLayer",
             "RoFormerLayer",
             "RobertaLayer",
-            "SplinterLayer",
             "XLMRobertaLayer",
         ),
         children=("intermediate", "output.dense"),
@@ -95,6 +89,14 @@ def split_pattern_of(layer: nn.Module) -> SplitPattern | None:
             if all(child is not None and not isinstance(child, MoE | Absorbed) for child in children):
                 return pattern
     return None
+
+
+def absorbed_beside(parent: nn.Module, name: str) -> tuple[str, ...]:
+    """The children of `parent` whose work its child `name`, a MoE, does."""
+    for pattern in SPLIT_PATTERNS:
+        if type(parent).__name__ in pattern.layers and pattern.children[0] == name:
+            return pattern.children[1:]
+    return ()
 
 
 def _child(layer: nn.Module, name: str) -> nn.Module | None:
