@@ -63,13 +63,14 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     w1, b1, w2, b2 = _matrices(self)
     (num_tokens, top_k), num_experts = top_k_index.shape, len(w2)
     ids_N = top_k_index.reshape(-1).to(torch.int64)
-    plan = kernels.plan(torch.where(ids_N == num_experts, -1, ids_N), num_experts)
+    ids_N = torch.where(ids_N == num_experts, -1, ids_N)
+    plan = kernels.plan(ids_N, num_experts)
     token_ids_N = torch.arange(num_tokens, device=ids_N.device).repeat_interleave(top_k)
     x_TD = hidden_states.to(w1.dtype)
     weights_N = top_k_weights.reshape(-1).to(kernels.accumulation_dtype(w1.dtype))
     activation = fused_activation(self)
     if activation is None:
-        y_TD = _unfused(self, x_TD, token_ids_N, weights_N, plan)
+        y_TD = _unfused(self, x_TD, token_ids_N, ids_N, weights_N, plan)
     else:
         y_TD = kernels.expert_mlp(
             x_TD, token_ids_N, weights_N, plan, w1, b1, w2, b2, activation=activation, rows_per_token=top_k
@@ -83,10 +84,14 @@ def fused_activation(experts: nn.Module) -> str | None:
         return None
     if not experts.has_gate:
         return _activation_name(experts.act_fn)
-    if not experts.is_concatenated or getattr(experts._apply_gate, "__func__", None) is not _default_gate:
+    if not experts.is_concatenated or _has_own_gate(experts):
         return None
     name = _activation_name(experts.act_fn)
     return None if name is None else _GATED[name]
+
+
+def _has_own_gate(experts: Any) -> bool:
+    return type(experts)._apply_gate is not _default_gate or "_apply_gate" in experts.__dict__
 
 
 def _activation_name(act_fn: Any) -> str | None:
@@ -103,12 +108,20 @@ def _matrices(experts: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | Non
     return (w1.transpose(1, 2), b1, w2.transpose(1, 2), b2) if experts.is_transposed else (w1, b1, w2, b2)
 
 
-def _unfused(experts: Any, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan) -> Tensor:
+def _unfused(experts: Any, x_TD: Tensor, token_ids_N: Tensor, ids_N: Tensor, weights_N: Tensor, plan: Plan) -> Tensor:
     w1, b1, w2, b2 = _matrices(experts)
     rows_ND = x_TD.index_select(0, token_ids_N[plan.order_N])
-    pre_NH = kernels.grouped_mm(rows_ND, w1, plan.offsets_E, b1)
+    pre_NH = _product(rows_ND, w1, b1, ids_N, plan)
     hidden_NH = experts._apply_gate(pre_NH) if experts.has_gate else experts.act_fn(pre_NH)
-    rows_ND = kernels.grouped_mm(hidden_NH.to(pre_NH.dtype), w2, plan.offsets_E, b2)
+    rows_ND = _product(hidden_NH.to(pre_NH.dtype), w2, b2, ids_N, plan)
     if getattr(experts, "has_post_expert_norm", False):
         rows_ND = experts.post_expert_norm(rows_ND)
     return kernels.combine(rows_ND, token_ids_N, weights_N, plan, len(x_TD))
+
+
+def _product(rows_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, ids_N: Tensor, plan: Plan) -> Tensor:
+    """`rows @ weight[e].T + bias[e]`; under autocast a wider bias widens the sum, as wherever PyTorch adds one."""
+    device = rows_NI.device.type
+    if bias_EO is None or not torch.is_autocast_enabled(device) or bias_EO.dtype == torch.get_autocast_dtype(device):
+        return kernels.grouped_mm(rows_NI, weight_EOI, plan.offsets_E, bias_EO)
+    return kernels.grouped_mm(rows_NI, weight_EOI, plan.offsets_E) + bias_EO[ids_N[plan.order_N].clamp(min=0)]
