@@ -23,7 +23,7 @@ class LossScale:
     """The multiplier of one model's balance losses, a tensor that its layers read in backward."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.value = torch.ones(())
+        self.value = torch.ones((), device="cpu")  # a model that is being loaded is built on the meta device
         for layer in moe_layers(model).values():
             layer.aux_loss_scale = self.value
 
@@ -32,9 +32,10 @@ class LossScale:
         if not (model.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        share = share_of_items(model, given)
+        share = share_of_items(model, given).to(next(model.parameters()).device)
+        if not torch.compiler.is_compiling() and self.value.device != share.device:
+            self.value.data = self.value.to(share.device)
         with torch.no_grad():
-            self.value.data = self.value.to(next(model.parameters()).device)
             self.value.copy_(share)
         output = forward(*args, **kwargs)
         labelled = given.get("labels") is not None
@@ -54,7 +55,7 @@ class _Watch(torch.autograd.Function):
 
     @staticmethod
     def forward(loss: Tensor, scale: Tensor, share: Tensor) -> Tensor:
-        return loss.view_as(loss)
+        return loss.clone()  # Trainer multiplies it in place
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,277 @@
+"""Training converted models: Trainer, accelerate, checkpointing, PEFT, and the multiplier of balance losses."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from dense_models import VOCAB, inputs, make
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import fastmoe
+
+E, LENGTH = 4, 8
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def moefied(name="llama", weight=1.0, **config):
+    """A MoE model in training, with routers that differ and a balance loss that shows."""
+    model = fastmoe.moefy(make(name, **config), E, router_options={"aux_loss_weight": weight}).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def texts(count=8, ignored=0):
+    """Examples of equal length; of each the first labels, `ignored` many times its number modulo 3, are in no loss."""
+    rows = []
+    for number in range(count):
+        ids = torch.randint(5, VOCAB, (LENGTH,))
+        labels = ids.clone()
+        labels[: ignored * (number % 3)] = -100
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    return rows
+
+
+def batches(rows, size=2):
+    return [
+        {key: torch.stack([row[key] for row in rows[i : i + size]]) for key in rows[0]}
+        for i in range(0, len(rows), size)
+    ]
+
+
+def grads(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Grads(TrainerCallback):
+    """The gradients of the first optimizer step."""
+
+    def __init__(self):
+        self.found = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = self.found or grads(model)
+
+
+def train(model, rows, tmp_path, trainer=None, **options):
+    seen = Grads()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=1, learning_rate=0.0, max_grad_norm=0.0,
+        report_to=[], use_cpu=True, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        **options,
+    )  # fmt: skip
+    made = InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[seen], **(trainer or {}))
+    made.train()
+    return seen.found
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def by_hand(model, rows, main_loss, share):
+    """Gradients of `main_loss(output, batch)` over all batches, and of each batch's balance loss times its share."""
+    model = copy.deepcopy(model)
+    for batch in batches(rows):
+        with fastmoe.collect_aux_losses(model) as losses:
+            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        (main_loss(output, batch) + losses.total() * share(batch)).backward()
+    return grads(model)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def token_losses(output, batch):
+    return nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_balance_losses_under_gradient_accumulation(steps, ignored, tmp_path):
+    model, rows = moefied(), texts(2 * steps, ignored)
+    total = sum((row["labels"][1:] != -100).sum() for row in rows)
+    expected = by_hand(
+        model, rows, lambda o, b: token_losses(o, b) / total, lambda b: (b["labels"][:, 1:] != -100).sum() / total
+    )
+    assert_same(train(model, rows, tmp_path, gradient_accumulation_steps=steps), expected)
+
+
+def test_accumulation_where_trainer_divides(tmp_path):
+    model, rows = moefied(), texts(8)
+    model.accepts_loss_kwargs = False
+    expected = by_hand(model, rows, lambda o, b: token_losses(o, b) / (2 * (LENGTH - 1)) / 4, lambda b: 1 / 4)
+    assert_same(train(model, rows, tmp_path, gradient_accumulation_steps=4), expected)
+
+
+def smoothed(output, batch, total):
+    log_p = output.logits[:, :-1].log_softmax(-1).flatten(0, 1)
+    picked = -log_p.gather(1, batch["labels"][:, 1:].reshape(-1, 1)).sum() * 0.9
+    return (picked - 0.1 * log_p.mean(-1).sum()) / total
+
+
+def test_label_smoothing_keeps_the_balance_loss_and_shifts_the_labels(tmp_path):
+    model, rows = moefied(), texts(8)
+    total = 8 * (LENGTH - 1)
+    expected = by_hand(model, rows, lambda o, b: smoothed(o, b, total), lambda b: 1 / 4)
+    found = train(model, rows, tmp_path, gradient_accumulation_steps=4, label_smoothing_factor=0.1)
+    assert_same(found, expected)
+
+
+def test_a_loss_of_ones_own_keeps_the_balance_loss(tmp_path):
+    def compute(output, labels, num_items_in_batch=None):
+        return token_losses(output, {"labels": labels}) / num_items_in_batch
+
+    model, rows = moefied(), texts(8)
+    expected = by_hand(model, rows, lambda o, b: token_losses(o, b) / (8 * (LENGTH - 1)), lambda b: 1 / 4)
+    found = train(model, rows, tmp_path, {"compute_loss_func": compute}, gradient_accumulation_steps=4)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, tmp_path):
+    model, rows = moefied(), texts(4)
+    expected = train(copy.deepcopy(model), rows, tmp_path, gradient_accumulation_steps=2)
+    found = train(
+        model, rows, tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )  # fmt: skip
+    assert_same(found, expected)
+    assert any("router" in name for name in found)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_the_multiplier_is_that_of_the_main_loss(factor, as_tuple):
+    model, batch = moefied("gpt2"), inputs("gpt2", labels=True)
+    reference = copy.deepcopy(model)
+    with fastmoe.collect_aux_losses(reference) as losses:
+        loss = reference(**batch).loss
+    ((loss + losses.total()) * factor).backward()
+    output = model(**batch, return_dict=not as_tuple)
+    value = output[0] if as_tuple else output.loss
+    torch.testing.assert_close(value, loss)
+    (value * factor).backward()
+    assert_same({n: g / factor for n, g in grads(model).items()}, {n: g / factor for n, g in grads(reference).items()})
+
+
+def test_a_multiplier_of_ones_own_stands():
+    model, batch = moefied("gpt2"), inputs("gpt2", labels=True)
+    fastmoe.set_aux_loss_scale(model, 0.0)
+    without = moefied("gpt2", weight=0.0)
+    without.load_state_dict(model.state_dict())
+    for one in (model, without):
+        one(**batch).loss.backward()
+    assert_same(grads(model), grads(without))
+
+
+def test_the_multiplier_is_forgotten_with_the_pass():
+    model, batch = moefied("gpt2"), inputs("gpt2", labels=True)
+    reference = copy.deepcopy(model)
+    (model(**batch).loss * 0.0).backward()
+    model.zero_grad()
+    ids = {"input_ids": batch["input_ids"]}
+    for one in (model, reference):
+        one(**ids).logits.square().mean().backward()
+    assert_same(grads(model), grads(reference))
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_other_heads(name):
+    model, batch = moefied(name, **({"dropout_rate": 0.0} if name == "t5" else {})), inputs(name, labels=True)
+    reference = copy.deepcopy(model)
+    with fastmoe.collect_aux_losses(reference) as losses:
+        loss = reference(**batch).loss
+    ((loss + losses.total()) * 0.5).backward()
+    (model(**batch).loss * 0.5).backward()
+    assert_same(grads(model), grads(reference))
+
+
+def test_the_signature_is_the_dense_ones():
+    dense = make("gpt2")
+    expected = inspect.signature(dense.forward)
+    assert inspect.signature(fastmoe.moefy(dense, E).forward) == expected
+
+
+def test_trainer_saves_and_resumes(tmp_path):
+    rows = texts(8)
+    options = {
+        "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "save_steps": 2, "logging_steps": 1,
+        "learning_rate": 1e-2, "disable_tqdm": True, "output_dir": str(tmp_path), "max_steps": 4,
+    }  # fmt: skip
+    first = InOrder(model=moefied(), args=TrainingArguments(**options), train_dataset=rows)
+    first.train()
+    losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    again = InOrder(model=loaded, args=TrainingArguments(**options), train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
+    assert resumed == pytest.approx(losses, rel=1e-5)
+    for name, parameter in first.model.named_parameters():
+        torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter)
+
+
+def test_accelerate_accumulates():
+    from accelerate import Accelerator
+
+    model, rows = moefied(), texts(8)
+    expected = by_hand(model, rows, lambda o, b: token_losses(o, b) / (2 * (LENGTH - 1)) / 4, lambda b: 1 / 4)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    prepared = accelerator.prepare(model)
+    for batch in batches(rows):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch).loss)
+    assert_same(grads(model), expected)
+
+
+def test_compiled_training():
+    model, batch = moefied(), inputs("llama", labels=True)
+    reference = copy.deepcopy(model)
+    (reference(**batch).loss * 0.5).backward()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (compiled(**batch).loss * 0.5).backward()
+    assert_same(grads(model), grads(reference))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], []])
+def test_lora(targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, batch = moefied(), inputs("llama", labels=True)
+    parameters = [] if targets else ["mlp.experts.w1", "mlp.experts.w2"]
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM"
+    )
+    with torch.no_grad():
+        before = model.eval()(**batch).logits
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        assert torch.equal(adapted.eval()(**batch).logits, before)
+    optimizer = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    first = None
+    for _ in range(8):
+        loss = adapted.train()(**batch).loss
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first
+    assert all(p.grad is not None and (p.grad != 0).any() for p in adapted.parameters() if p.requires_grad)
+    with torch.no_grad():
+        expected = adapted.eval()(**batch).logits
+    adapted.save_pretrained(tmp_path)
+    merged = adapted.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
