@@ -13,7 +13,7 @@ from fastmoe.convert import moefy
 
 transformers = pytest.importorskip("transformers")
 
-from fastmoe.integrations.huggingface.native import to_native  # noqa: E402
+from fastmoe.integrations.huggingface import adopt, to_native  # noqa: E402
 from fastmoe.integrations.huggingface.native_family import FAMILIES  # noqa: E402
 
 VOCAB = 61
@@ -381,6 +381,9 @@ SECOND = r"layer 'model\.layers\.1\.mlp'"
         (edit(lambda layer: setattr(layer.self_attn, "o_proj", OtherMoE(32, 4))), r"o_proj. does not stand"),
         (edit(lambda layer: extra(layer.mlp)), r"differ.*layers\.1\.mlp\.extra"),
         (edit(extra), r"differ.*layers\.1\.extra"),
+        (edit(lambda layer: layer.self_attn.add_module("noise", nn.Dropout())), "noise' is of class Dropout"),
+        (edit(lambda layer: setattr(layer, "input_layernorm", nn.RMSNorm(32))), "class RMSNorm, expected LlamaRMSNorm"),
+        (edit(lambda layer: layer.input_layernorm.to("meta")), r"several devices \(cpu, meta\)"),
         (llama(expert=lambda: nn.Linear(32, 32), init="random"), "modules of one's own"),
         (llama(every=2), r"layers \[0\] are dense; every layer of a Mixtral"),
         (llama(shared_d_hidden=8), "Mixtral has none"),
@@ -396,13 +399,24 @@ def test_what_transformers_cannot_express_is_an_error(make, words):
         to_native(make())
 
 
-def test_a_class_of_ones_own_is_refused_and_one_of_fastmoe_is_not():
+def test_a_class_of_ones_own_is_refused():
     class Mine(transformers.LlamaForCausalLM):
         pass
 
-    model = converted("llama")
+    model = moefy(dense("llama"), 4)
     model.__class__ = Mine
     with pytest.raises(ValueError, match="transformers' own classes, got Mine"):
         to_native(model)
-    Mine.__module__ = "fastmoe.integrations.huggingface.models"
-    assert_same_outputs(native_of(model), model)
+
+
+@pytest.mark.parametrize("head", ["CausalLM", "QuestionAnswering"])
+def test_a_model_with_a_model_type_of_fastmoe_is_converted(head, tmp_path):
+    model = adopt(converted("llama", head=head))
+    assert type(model).__name__ == f"FastMoELlamaFor{head}"
+    native = native_of(model)
+    assert type(native.config) is transformers.MixtralConfig
+    assert "fastmoe" not in native.config.to_dict()
+    assert_same_outputs(native, model)
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path)
+    assert_same_outputs(native_of(loaded.eval()), model)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fastmoe.integrations.huggingface.native_family import FAMILIES, Family, config_of_native
 from fastmoe.integrations.huggingface.native_layer import same_in_all
-from fastmoe.integrations.huggingface.native_weights import give_weights
+from fastmoe.integrations.huggingface.native_weights import class_beneath, give_weights
 from fastmoe.layer import MoE
 from fastmoe.model import moe_layers
 
@@ -25,7 +25,8 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
     rounds the router's logits, which fastmoe keeps in float32.
 
     No memory is taken: the weights are those of `model`, laid out alike, so that training the one trains the other.
-    Frozen weights, tied weights, dtype, device, mode and generation config are kept; hooks are not.
+    Frozen weights, tied weights, dtype, device, mode and generation config are kept; hooks and gradient checkpointing
+    are not.
 
     The balance loss becomes `router_aux_loss_coef = aux_loss_weight * layers / top_k`: transformers counts a token K
     times and takes one loss of the mean over all layers, where fastmoe sums a loss of each. Values and gradients agree
@@ -41,6 +42,9 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
             by name.
     """
     dense_class, family = _family_of(model)
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f"the model's weights lie on several devices ({', '.join(devices)}): load it onto one")
     native_class = _native_class(dense_class, family)
     layers = _moe_blocks(model)
     layer = same_in_all(layers)
@@ -60,7 +64,7 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
 
 def _family_of(model: PreTrainedModel) -> tuple[type[PreTrainedModel], Family]:
     """The transformers class that the model is of, and its row."""
-    cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("fastmoe."))
+    cls = class_beneath(model)
     if not issubclass(cls, PreTrainedModel) or getattr(transformers, cls.__name__, None) is not cls:
         raise ValueError(f"to_native takes a model of transformers' own classes, got {cls.__name__}")
     family = FAMILIES.get(cls.config_class.model_type)

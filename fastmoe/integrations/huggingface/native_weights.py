@@ -16,9 +16,10 @@ def give_weights(native: PreTrainedModel, model: PreTrainedModel, layers: Mappin
     """Fill `native`, which is on the meta device, with the tensors of `model`; nothing is copied.
 
     Raises:
-        ValueError: the two do not have the same weights.
+        ValueError: the two do not consist of the same modules and weights.
     """
     names = _Names(native, model, layers, family)
+    _check_same_modules(native, model, names, family)
     state = {names[name]: tensor for name, tensor in model.state_dict(keep_vars=True).items() if names[name]}
     if hasattr(native.config, "shared_expert_intermediate_size"):
         for name, moe in layers.items():
@@ -28,7 +29,7 @@ def give_weights(native: PreTrainedModel, model: PreTrainedModel, layers: Mappin
     if wrong:
         raise ValueError(
             f"the weights of {type(model).__name__} and {type(native).__name__} differ, beginning with "
-            f"{', '.join(wrong[:NAMED_IN_ERRORS])}: was a module added, taken away or wrapped?"
+            f"{', '.join(wrong[:NAMED_IN_ERRORS])}"
         )
     trainable = {name: tensor.requires_grad for name, tensor in state.items()}
     native.load_state_dict({name: _alone(tensor) for name, tensor in state.items()}, assign=True)
@@ -38,6 +39,32 @@ def give_weights(native: PreTrainedModel, model: PreTrainedModel, layers: Mappin
     for name, buffer in model.named_buffers():
         module, _, leaf = names[name].rpartition(".")
         setattr(native.get_submodule(module), leaf, buffer.clone())
+
+
+def class_beneath(module: nn.Module) -> type:
+    """The class that a class of fastmoe's was made from; of any other module its class."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("fastmoe."))
+
+
+def _check_same_modules(native: PreTrainedModel, model: PreTrainedModel, names: "_Names", family: Family) -> None:
+    """Around the MoE blocks a module must have its counterpart: of the same class, or of the other family's."""
+    ours = {
+        names[f"{name}."]: class_beneath(module).__name__
+        for name, module in model.named_modules()
+        if name and names[f"{name}."]
+    }
+    expected = {
+        f"{name}.": type(module).__name__.replace(family.native, family.dense, 1)
+        for name, module in native.named_modules()
+        if name
+    }
+    blocks = tuple(f"{names.place(layer)}." for layer in names.layers)
+    for name in ours | expected:
+        if ours.get(name) != expected.get(name) and not name.startswith(blocks):
+            raise ValueError(
+                f"module {name[:-1]!r} is of class {ours.get(name)}, expected {expected.get(name)}: "
+                "was it added, taken away or wrapped?"
+            )
 
 
 class _Names:
