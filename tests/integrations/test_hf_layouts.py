@@ -123,6 +123,11 @@ def test_a_single_block_needs_no_prefix():
     result = convert_state_dict(layer.state_dict(), "fastmoe", "per-expert")
     assert "experts.11.gate_proj.weight" in result
     layer.load_state_dict(convert_state_dict(result, "per-expert", "fastmoe"))
+    del result["experts.3.up_proj.weight"]
+    with pytest.raises(
+        ValueError, match=r"^from 'per-expert' to 'fastmoe': .* 12 experts.*experts\.3\.up_proj\.weight"
+    ):
+        convert_state_dict(result, "per-expert", "fastmoe")
 
 
 def test_equal_layouts_and_slices_share_memory_and_the_state_is_left_alone():

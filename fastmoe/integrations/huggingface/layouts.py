@@ -45,7 +45,8 @@ def convert_state_dict(
         try:
             tensors = _convert_block(inside, old, new, router or new.router)
         except ValueError as error:
-            raise ValueError(f"block {prefix[:-1]!r}, from {source!r} to {target!r}: {error}") from None
+            where = f"block {prefix[:-1]!r}, " if prefix else ""
+            raise ValueError(f"{where}from {source!r} to {target!r}: {error}") from None
         place = prefix if block is None else f"{_parent(prefix)}{block}."
         result += [(place + name, tensor) for name, tensor in tensors]
     result += passing.items()
