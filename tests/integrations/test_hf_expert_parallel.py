@@ -134,7 +134,7 @@ def test_two_processes_compute_what_one_does(number, folders, by_rank):
             torch.testing.assert_close(got[parameter], value, rtol=0, atol=atol, msg=parameter)
 
 
-# Tokens of each process, or of both if there is one number; and to which of four experts they go.
+# Tokens of each process, or of both if there is one number; to which of four experts they go; who computes these.
 ROUTED = [
     ((5, 7), "all"),
     ((6, 0), "all"),
@@ -146,6 +146,7 @@ ROUTED = [
     ((0,), "all"),
     ((6,), "last"),
 ]
+ROUTED = [(*tokens, by) for tokens in ROUTED for by in ("fastmoe", "eager")]
 
 
 def routed(tokens, where):
@@ -176,8 +177,8 @@ def all_routed():
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("spread", "alone"))
     spread, alone = mesh["spread"], mesh["alone"]
     found = []
-    for tokens, where in ROUTED:
-        module = mixtral_experts("fastmoe")
+    for tokens, where, implementation in ROUTED:
+        module = mixtral_experts(implementation)
         held = slice(2 * rank, 2 * rank + 2)
         for name, parameter in list(module.named_parameters()):
             setattr(module, name, torch.nn.Parameter(parameter.detach()[held].clone()))
@@ -191,7 +192,7 @@ def all_routed():
 
 @pytest.mark.parametrize("number", range(len(ROUTED)), ids=lambda i: " ".join(map(str, ROUTED[i])))
 def test_any_tokens_to_any_experts(number, by_rank):
-    tokens, where = ROUTED[number]
+    tokens, where, _ = ROUTED[number]
     batches, module = routed(tokens, where), mixtral_experts("eager")
     expected = []
     for x, ids, weights, upstream in batches:
