@@ -115,6 +115,7 @@ class MoE(nn.Module):
         self.observers: list[Observer] = []
         self.stats_group: ProcessGroup | None = None
         self.token_ids: Tensor | None = None
+        self.token_mask: Tensor | None = None
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "dropout": dropout}
         with on_device(device):
             self.router = _build_router(router, router_options, d_model, num_experts, top_k).to(device, dtype)
@@ -161,6 +162,7 @@ class MoE(nn.Module):
         Raises:
             ValueError: wrong width, dtype or mask; a router whose answer does not fit.
         """
+        token_mask = self._fed_mask(x) if token_mask is None else token_mask
         self._check(x, token_mask)
         ids = self._token_ids_of(x, token_ids) if getattr(self.router, "needs_token_ids", False) else None
         if self.slices is None:
@@ -192,6 +194,11 @@ class MoE(nn.Module):
         for observer in self.observers:
             observer.observe(routing, offsets_E, mask_T)
         return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
+
+    def _fed_mask(self, x: Tensor) -> Tensor | None:
+        """The mask that a model left here for its layers, if it is of as many tokens."""
+        mask, shape = self.token_mask, x.shape[:-1]
+        return None if mask is None or mask.numel() != math.prod(shape) else mask.reshape(shape)
 
     def _check(self, x: Tensor, token_mask: Tensor | None) -> None:
         if not x.is_floating_point():
@@ -282,7 +289,7 @@ class MoE(nn.Module):
         return routing.weights_N
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("last_stats", "loss_sink", "stats_group", "token_ids")
+        left = ("last_stats", "loss_sink", "stats_group", "token_ids", "token_mask")
         return self.__dict__ | dict.fromkeys(left) | {"observers": []}
 
     def extra_repr(self) -> str:

@@ -19,8 +19,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-def moefied(name="llama", weight=1.0, **config):
-    """A MoE model in training, with routers that differ and a balance loss that shows."""
+DROPOUT = {"opt": {"dropout": 0.0}, "t5": {"dropout_rate": 0.0}}  # those that call it as a function
+
+
+def moefied(name="llama", weight=1.0):
+    """A MoE model in training without dropout, with a balance loss that shows."""
+    config = DROPOUT.get(name, {})
     model = fastmoe.moefy(make(name, **config), E, router_options={"aux_loss_weight": weight}).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -168,6 +172,26 @@ def test_the_multiplier_is_that_of_the_main_loss(factor, as_tuple):
     assert_same({n: g / factor for n, g in grads(model).items()}, {n: g / factor for n, g in grads(reference).items()})
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+def test_padding_is_in_no_balance_loss(name):
+    model, batch = moefied(name), inputs(name, labels=True)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 5:] = 0
+    batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+    reference = copy.deepcopy(model)
+    with fastmoe.collect_aux_losses(reference) as losses:
+        loss = reference(**batch, attention_mask=mask).loss
+    (loss + losses.total()).backward()
+    other = {**batch, "input_ids": torch.where(mask == 0, 3, batch["input_ids"])}
+    model(**other, attention_mask=mask).loss.backward()
+    found, expected = ({n: g for n, g in grads(m).items() if "embed" not in n} for m in (model, reference))
+    assert_same(found, expected)
+    model.eval()
+    with torch.no_grad():
+        model(**batch, attention_mask=mask)
+    assert all(layer.token_mask is None for layer in fastmoe.moe_layers(model).values())
+
+
 def test_a_multiplier_of_ones_own_stands():
     model, batch = moefied("gpt2"), inputs("gpt2", labels=True)
     fastmoe.set_aux_loss_scale(model, 0.0)
@@ -191,7 +215,7 @@ def test_the_multiplier_is_forgotten_with_the_pass():
 
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
 def test_other_heads(name):
-    model, batch = moefied(name, **({"dropout_rate": 0.0} if name == "t5" else {})), inputs(name, labels=True)
+    model, batch = moefied(name), inputs(name, labels=True)
     reference = copy.deepcopy(model)
     with fastmoe.collect_aux_losses(reference) as losses:
         loss = reference(**batch).loss

@@ -1,4 +1,4 @@
-"""Balance losses next to a model's own loss: their gradient is multiplied by whatever that is multiplied by.
+"""Balance losses next to a model's own loss: of the same tokens, with a gradient multiplied by whatever that one's is.
 
 A layer attaches its balance loss to its output, where nothing is known of what becomes of the main loss: Trainer and
 accelerate divide it by the steps of gradient accumulation, a GradScaler multiplies it, and where Trainer counts the
@@ -20,18 +20,24 @@ IGNORED = -100  # the label of a token that is in no loss
 
 
 class LossScale:
-    """The multiplier of one model's balance losses, a tensor that its layers read in backward."""
+    """What one model's layers are told: the multiplier of their balance losses, a tensor that they read in backward,
+    and in training which tokens are padding.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.value = torch.ones((), device="cpu")  # a model that is being loaded is built on the meta device
-        for layer in moe_layers(model).values():
+        self.layers = list(moe_layers(model).values())
+        for layer in self.layers:
             layer.aux_loss_scale = self.value
 
     def around(self, model: Any, names: list[str], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A model's `forward(*args, **kwargs)`, whose arguments have these names."""
+        given = dict(zip(names, args, strict=False)) | kwargs
+        padding = None if not model.training or model.config.is_encoder_decoder else _mask_of(given)
+        for layer in self.layers:
+            layer.token_mask = padding
         if not (model.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        given = dict(zip(names, args, strict=False)) | kwargs
         share = share_of_items(model, given).to(next(model.parameters()).device)
         if not torch.compiler.is_compiling() and self.value.device != share.device:
             self.value.data = self.value.to(share.device)
@@ -94,10 +100,16 @@ def _shifts_labels(model: Any) -> bool:
     return shifts and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _token_mask(given: dict[str, Any]) -> Tensor:
+def _mask_of(given: dict[str, Any]) -> Tensor | None:
+    """bool `(B, S)`, False for padding; None where none is given, or another kind of mask."""
     mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask != 0
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _token_mask(given: dict[str, Any]) -> Tensor:
+    mask = _mask_of(given)
+    if mask is not None:
+        return mask
     tokens = next(given[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if given.get(name) is not None)
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 

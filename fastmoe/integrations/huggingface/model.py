@@ -30,8 +30,13 @@ class MoEModel:
         """As of every model of transformers.
 
         Raises:
-            ValueError: a layer that the configuration cannot describe.
+            ValueError: a layer that the configuration cannot describe; experts that are spread over processes.
         """
+        spread = max(layer.experts.spread_over for layer in self.modules() if isinstance(layer, MoE))
+        if spread > 1:
+            raise ValueError(
+                f"experts are spread over {spread} processes: use fastmoe.save, and `fastmoe consolidate` for one file"
+            )
         try:
             self.config.fastmoe = {"layers": describe(self.base_model)}
         except ValueError as error:

@@ -29,7 +29,7 @@ class StackedExperts:
         num_experts, d_model = router_ED.shape
         d_hidden = self.w2.shape[-1]
         widths = {True: [2 * d_hidden], False: [d_hidden], None: [2 * d_hidden, d_hidden]}[gated]
-        expected = [
+        expected: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
             ("w1", self.w1, [(num_experts, width, d_model) for width in widths]),
             ("w2", self.w2, [(num_experts, d_model, d_hidden)]),
             ("b1", self.b1, [(num_experts, self.w1.shape[1])]),
