@@ -23,6 +23,8 @@ DISTRIBUTED = {
     "fsdp": {"fsdp_size": 2},
     "fsdp recomputed": {"fsdp_size": 2},
     "tp": {"tp_size": 2, "tp_plan": "auto"},
+    "tp, their all_reduce": {"tp_size": 2, "tp_plan": "auto", "ep_implementation": "all_reduce"},
+    "fsdp, their all_to_all": {"fsdp_size": 2, "ep_implementation": "all_to_all"},
 }
 
 # family, layout, experts_implementation, sequences and their length on each process; under tp both have the same
@@ -37,6 +39,9 @@ CASES = [
     ("DeepseekV3", "tp", "fastmoe", [(2, 5)]),
     ("DeepseekV3", "fsdp", "fastmoe", [(2, 5), (1, 2)]),
     ("GptOss", "fsdp", "fastmoe", [(2, 9), (1, 3)]),
+    ("Mixtral", "tp, their all_reduce", "fastmoe", [(2, 5)]),
+    ("GptOss", "tp, their all_reduce", "fastmoe", [(2, 5)]),
+    ("Mixtral", "fsdp, their all_to_all", "fastmoe", [(2, 5), (1, 2)]),
 ]
 
 
@@ -72,17 +77,17 @@ def on_two(jobs):
 
 
 def job_on_two(folder, layout, implementation, shapes):
-    config = DistributedConfig(ep_size=2, ep_implementation="fastmoe", **DISTRIBUTED[layout])
+    config = DistributedConfig(**{"ep_size": 2, "ep_implementation": "fastmoe"} | DISTRIBUTED[layout])
     model = AutoModelForCausalLM.from_pretrained(
         folder, distributed_config=config, experts_implementation=implementation
     )
     if "recomputed" in layout:
         model.train()
         model.gradient_checkpointing_enable()
-    rank = 0 if layout == "tp" else dist.get_rank()
+    rank = 0 if layout.startswith("tp") else dist.get_rank()
     ids, upstream = batch(rank, *shapes[rank])
     logits = whole(step(model, ids, upstream))
-    return logits, gradients(model), generate(model, ids) if layout == "tp" else None
+    return logits, gradients(model), generate(model, ids) if layout.startswith("tp") else None
 
 
 def generate(model, ids):
