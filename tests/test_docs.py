@@ -21,6 +21,7 @@ BLOCKS = [
         ROOT / "README.md",
         ROOT / "docs" / "benchmarks.md",
         ROOT / "docs" / "concepts.md",
+        ROOT / "docs" / "huggingface.md",
         ROOT / "docs" / "monitor.md",
         ROOT / "docs" / "routers.md",
     )
