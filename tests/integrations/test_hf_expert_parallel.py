@@ -24,6 +24,9 @@ DISTRIBUTED = {
     "fsdp recomputed": {"fsdp_size": 2},
     "tp": {"tp_size": 2, "tp_plan": "auto"},
     "tp, their all_reduce": {"tp_size": 2, "tp_plan": "auto", "ep_implementation": "all_reduce"},
+    "experts twice": {"fsdp_size": 4},
+    "tp and fsdp": {"tp_size": 2, "tp_plan": "auto", "fsdp_size": 2, "ep_size": 4},
+    "tp and fsdp, experts twice": {"tp_size": 2, "tp_plan": "auto", "fsdp_size": 2},
     "fsdp, their all_to_all": {"fsdp_size": 2, "ep_implementation": "all_to_all"},
 }
 
@@ -72,11 +75,15 @@ def gradients(model, share=1.0):
 
 def on_two(jobs):
     """For each job the logits of this process's batch, every gradient, and tokens generated; and `all_routed()`."""
+    return each(jobs), all_routed()
+
+
+def each(jobs):
     registered()
-    return [job_on_two(*job) for job in jobs], all_routed()
+    return [on_several(*job) for job in jobs]
 
 
-def job_on_two(folder, layout, implementation, shapes):
+def on_several(folder, layout, implementation, shapes):
     config = DistributedConfig(**{"ep_size": 2, "ep_implementation": "fastmoe"} | DISTRIBUTED[layout])
     model = AutoModelForCausalLM.from_pretrained(
         folder, distributed_config=config, experts_implementation=implementation
@@ -84,10 +91,10 @@ def job_on_two(folder, layout, implementation, shapes):
     if "recomputed" in layout:
         model.train()
         model.gradient_checkpointing_enable()
-    rank = 0 if layout.startswith("tp") else dist.get_rank()
+    rank = dist.get_rank() // config.tp_size
     ids, upstream = batch(rank, *shapes[rank])
     logits = whole(step(model, ids, upstream))
-    return logits, gradients(model), generate(model, ids) if layout.startswith("tp") else None
+    return logits, gradients(model), generate(model, ids) if config.fsdp_size == 1 else None
 
 
 def generate(model, ids):
@@ -101,7 +108,14 @@ def on_one(folder, shapes):
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     batches = [batch(rank, *shape) for rank, shape in enumerate(shapes)]
     logits = [step(model, *given) for given in batches]
-    return [logits[0], logits[-1]], gradients(model, 1 / len(shapes)), generate(model, batches[0][0])
+    return logits, gradients(model, 1 / len(shapes)), generate(model, batches[0][0])
+
+
+FOUR = [
+    ("Mixtral", "experts twice", "fastmoe", [(2, 3), (1, 5), (1, 2), (2, 2)]),
+    ("GptOss", "tp and fsdp", "fastmoe", [(2, 3), (1, 5)]),
+    ("Mixtral", "tp and fsdp, experts twice", "fastmoe", [(1, 1), (2, 2)]),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,11 +142,23 @@ def by_rank(folders):
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: " ".join(map(str, CASES[i])))
 def test_two_processes_compute_what_one_does(number, folders, by_rank):
-    name, _, _, shapes = CASES[number]
+    assert_as_one(CASES[number], folders, [of_models[number] for of_models, _ in by_rank])
+
+
+@pytest.mark.slow
+def test_four_processes_compute_what_one_does(folders):
+    for case, found in zip(
+        FOUR, zip(*run(4, each, [(folders[n], *rest) for n, *rest in FOUR]), strict=True), strict=True
+    ):
+        assert_as_one(case, folders, found)
+
+
+def assert_as_one(case, folders, by_rank):
+    name, _, _, shapes = case
     logits, grads, tokens = on_one(folders[name], shapes)
-    for rank, (got_logits, got, got_tokens) in enumerate(of_models[number] for of_models, _ in by_rank):
+    for rank, (got_logits, got, got_tokens) in enumerate(by_rank):
         assert got_tokens is None or torch.equal(got_tokens, tokens)
-        torch.testing.assert_close(got_logits, logits[rank], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_logits, logits[rank * len(shapes) // len(by_rank)], rtol=1e-5, atol=1e-5)
         assert got.keys() == grads.keys()
         for parameter, value in grads.items():
             atol = float(2e-5 * value.abs().max())
