@@ -88,10 +88,11 @@ static void index_tokens(const Problem& p, int32_t* starts, int32_t* positions, 
   for (long i = 0; i < R; i++) positions[next[p.token_ids[p.order[i]]]++] = (int32_t)i;
 }
 
+// Nobody waits at its end: nothing that follows in a parallel region reads `out` or writes to `rows`.
 template <class E>
 static void sum_rows(const Problem& p, const float* rows, const int32_t* starts, const int32_t* positions, void* out) {
   typedef typename E::T T;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (long t = 0; t < p.T; t++)
     for (long d = 0; d < p.D; d += 16) {
       v16 total = {};
@@ -223,6 +224,8 @@ static size_t forward(const Problem& p, bool run) {
   if (!run) return arena.used;
   make_groups(p, CHUNK, 16, groups, &padded, false);
   index_tokens(p, starts, positions, next);
+  bool packs = false;
+  for (long i = 0; i < count; i++) packs |= groups[i].rows > FEW;
   long of_hidden = (p.H + OUTPUTS - 1) / OUTPUTS, of_out = (p.D + OUTPUTS - 1) / OUTPUTS;
   auto activate = p.activation == RELU   ? hidden_block<E, RELU>
                   : p.activation == GELU ? hidden_block<E, GELU>
@@ -233,13 +236,15 @@ static size_t forward(const Problem& p, bool run) {
   {
     float* C = blocks + omp_get_thread_num() * 2 * OUTPUTS * CHUNK;
     if (p.amx) tiles_on();
+    if (packs) {
 #pragma omp for schedule(dynamic, 1)
-    for (long i = 0; i < count; i++) {
-      const Group& g = groups[i];
-      if (g.rows <= FEW) continue;
-      const uint32_t* x[CHUNK];
-      for (long m = 0; m < g.rows; m++) x[m] = (const uint32_t*)((const T*)p.x + p.token_ids[p.order[g.first + m]] * p.D);
-      pack_panels(x, g.rows, KD, panels + g.padded * KD);
+      for (long i = 0; i < count; i++) {
+        const Group& g = groups[i];
+        if (g.rows <= FEW) continue;
+        const uint32_t* x[CHUNK];
+        for (long m = 0; m < g.rows; m++) x[m] = (const uint32_t*)((const T*)p.x + p.token_ids[p.order[g.first + m]] * p.D);
+        pack_panels(x, g.rows, KD, panels + g.padded * KD);
+      }
     }
 #pragma omp for schedule(dynamic, run_length(p, count * of_hidden))
     for (long i = 0; i < count * of_hidden; i++) {
@@ -577,7 +582,7 @@ static size_t backward(const Problem& p, bool run) {
     }
     if (p.amx) tiles_off();
     if (p.dweights) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (long i = 0; i < p.N; i++) {
         float total = 0;
         for (long j = 0; i < R && j < of_hidden + (p.b2 != nullptr); j++) total += s.parts[j * R + i];
@@ -585,7 +590,7 @@ static size_t backward(const Problem& p, bool run) {
       }
     }
     if (p.db2) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (long i = 0; i < count; i++)
         for (long d = 0; d < p.D; d += 16) {
           const Group& g = groups[i];
