@@ -162,24 +162,26 @@ class MoE(nn.Module):
         Raises:
             ValueError: wrong width, dtype or mask; a router whose answer does not fit.
         """
-        token_mask = self._fed_mask(x) if token_mask is None else token_mask
         self._check(x, token_mask)
         ids = self._token_ids_of(x, token_ids) if getattr(self.router, "needs_token_ids", False) else None
         if self.slices is None:
-            return self._forward(x, token_mask, ids)
+            return self._forward(x, token_mask, ids, self._counted(x, token_mask))
         whole = x.unsqueeze(0) if x.dim() == 1 else x
         shape = whole.shape[:-1]
-        taken = [None if t is None else self.slices.take(t.view(shape)) for t in (token_mask, ids)]
+        further = (token_mask, ids, self._counted(x, token_mask))
+        taken = [None if t is None else self.slices.take(t.view(shape)) for t in further]
         y = self.slices.gather(self._forward(self.slices.take(whole), *taken), len(whole))
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _forward(self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, token_ids: Tensor | None, counted: Tensor | None
+    ) -> Tensor:
         x_TD = x.reshape(-1, self.d_model)
-        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        mask_T, counted_T = (None if mask is None else mask.reshape(-1) for mask in (token_mask, counted))
         if mask_T is not None:
             x_TD = torch.where(mask_T.unsqueeze(1), x_TD, 0)
-        context = self._context(x, mask_T, token_ids)
-        routing, entropy = self._route(x_TD, context)
+        context = self._context(x, counted_T, token_ids, padding_is_computed=mask_T is None)
+        routing, entropy = self._route(x_TD, mask_T, context)
         if isinstance(routing, SoftRouting):
             if self.slices is not None and x.dim() == 2:
                 raise ValueError("with tp='slice' a router of whole sequences needs x of (sequences, length, d_model)")
@@ -192,13 +194,17 @@ class MoE(nn.Module):
         losses = {name: loss.detach() for name, loss in routing.losses.items()}
         self.last_stats = LayerStats(offsets_E, routing.dropped, losses, entropy)
         for observer in self.observers:
-            observer.observe(routing, offsets_E, mask_T)
+            observer.observe(routing, offsets_E, counted_T)
         return y_TO if x.dim() == 2 else y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
-    def _fed_mask(self, x: Tensor) -> Tensor | None:
-        """The mask that a model left here for its layers, if it is of as many tokens."""
-        mask, shape = self.token_mask, x.shape[:-1]
-        return None if mask is None or mask.numel() != math.prod(shape) else mask.reshape(shape)
+    def _counted(self, x: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Which tokens count in losses and statistics: those of the mask, or of one for as many tokens that a model
+        left for its layers.
+        """
+        fed, shape = self.token_mask, x.shape[:-1]
+        if token_mask is not None or fed is None or fed.numel() != math.prod(shape):
+            return token_mask
+        return fed.reshape(shape)
 
     def _check(self, x: Tensor, token_mask: Tensor | None) -> None:
         if not x.is_floating_point():
@@ -210,11 +216,13 @@ class MoE(nn.Module):
                 f"token_mask must be bool {tuple(x.shape[:-1])}, got {token_mask.dtype} {tuple(token_mask.shape)}"
             )
 
-    def _context(self, x: Tensor, mask_T: Tensor | None, token_ids: Tensor | None) -> RoutingContext:
+    def _context(
+        self, x: Tensor, counted_T: Tensor | None, token_ids: Tensor | None, padding_is_computed: bool
+    ) -> RoutingContext:
         processes = Processes.of(self.stats_group) if self.training else ALONE
         ids_T = None if token_ids is None else token_ids.reshape(-1)
         num_sequences = math.prod(x.shape[:-2])
-        return RoutingContext(mask_T, ids_T, num_sequences, processes, self.backend)
+        return RoutingContext(counted_T, ids_T, num_sequences, processes, self.backend, padding_is_computed)
 
     def _token_ids_of(self, x: Tensor, token_ids: Tensor | None) -> Tensor:
         ids = self.token_ids if token_ids is None else token_ids
@@ -231,9 +239,11 @@ class MoE(nn.Module):
             )
         return ids.reshape(x.shape[:-1])
 
-    def _route(self, x_TD: Tensor, context: RoutingContext) -> tuple[Routing | SoftRouting, Tensor | None]:
+    def _route(
+        self, x_TD: Tensor, mask_T: Tensor | None, context: RoutingContext
+    ) -> tuple[Routing | SoftRouting, Tensor | None]:
         """The router's checked answer for all T tokens, and the mean entropy of its scores."""
-        mask_T = context.token_mask_T
+        counted_T = context.token_mask_T
         routing: Routing | SoftRouting
         if getattr(self.router, "takes_context", False):
             try:
@@ -246,9 +256,8 @@ class MoE(nn.Module):
         elif mask_T is None:
             routing = self._checked(self.router(x_TD), len(x_TD))
         else:
-            routing = self._route_kept(x_TD, mask_T)
-            mask_T = None
-        return routing, None if routing.scores_TE is None else mean_entropy(routing.scores_TE, mask_T)
+            routing, counted_T = self._route_kept(x_TD, mask_T), None
+        return routing, None if routing.scores_TE is None else mean_entropy(routing.scores_TE, counted_T)
 
     def _route_kept(self, x_TD: Tensor, mask_T: Tensor) -> Routing:
         """The answer of a router that knows no padding, asked for the tokens that are not."""

@@ -13,7 +13,9 @@ class RoutingContext:
 
     Attributes:
         token_mask_T: bool; False tokens are padding: they count in no loss, capacity or statistic, and what the
-            router answers for them is ignored. None: every token counts.
+            router answers for them is ignored, unless `padding_is_computed`. None: every token counts.
+        padding_is_computed: padding gets experts as far as the router has no limits, so that outputs there are those
+            of a pass without a mask.
         token_ids_T: int64, the vocabulary id of each token, where the layer was told.
         num_sequences: the tokens are that many sequences of one length, one after another.
         processes: those that share this batch in training; in evaluation always this one alone, so that one process
@@ -26,6 +28,7 @@ class RoutingContext:
     num_sequences: int = 1
     processes: Processes = ALONE
     backend: str = "auto"
+    padding_is_computed: bool = False
 
     def counted(self, like_TE: Tensor) -> Tensor:
         """`(T,)` in the dtype of `like_TE`: 1 for tokens that count, 0 for padding."""

@@ -92,9 +92,9 @@ class TokenChoiceRouter(Router):
         scores_TE: Tensor | None = None,
     ) -> Routing:
         """The router's answer once padding and what is over capacity are taken out."""
-        if context.token_mask_T is not None:
-            expert_ids_TK = torch.where(context.token_mask_T.unsqueeze(1), expert_ids_TK, -1)
         capacity = self.capacity(expert_ids_TK, context)
+        if context.token_mask_T is not None and not (context.padding_is_computed and capacity is None):
+            expert_ids_TK = torch.where(context.token_mask_T.unsqueeze(1), expert_ids_TK, -1)
         if capacity is None:
             found = Routing.from_topk(expert_ids_TK, weights_TK, self.num_experts, losses, scores_TE)
             return dataclasses.replace(found, dropped=0)
