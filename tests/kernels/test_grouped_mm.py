@@ -177,3 +177,20 @@ def test_bad_arguments():
     for change in ({"rows": torch.randn(25, 7)}, {"rows": torch.randn(26)}, {"weights": torch.randn(25)}):
         with pytest.raises(ValueError, match="must be"):
             combine_through("torch", plan, token_ids_N, case.T)(**(tensors | change))
+
+
+@pytest.mark.parametrize("layout", ["loop", "padded", "grouped"])
+def test_the_gradient_of_a_transposed_weight_lies_as_the_weight_does(layout, force_layout):
+    calls = force_layout(layout)
+    plan, tensors, upstream = mm_inputs(Case(13, 5, 8, 16, 2), True, torch.float32)
+    expected = run_with_grads(mm_through("reference", plan), tensors, upstream)
+    stored_EIO = tensors["weight"].transpose(1, 2).contiguous().requires_grad_()
+    weight = stored_EIO.transpose(1, 2)
+    strides = []
+    weight.register_hook(lambda grad: strides.append(grad.stride()))
+    out = kernels.grouped_mm(tensors["rows"], weight, plan.offsets_E, tensors["bias"], backend="torch")
+    out.backward(upstream)
+    torch.testing.assert_close(out, expected["out"])
+    torch.testing.assert_close(stored_EIO.grad.transpose(1, 2), expected["weight"])
+    assert strides == [weight.stride()]
+    assert calls

@@ -10,7 +10,7 @@ from fastmoe.kernels.contract import ids_out_of_range
 from fastmoe.kernels.native import mlp as native_mlp
 from fastmoe.kernels.native.choice import hands_over
 from fastmoe.kernels.native.library import usable
-from fastmoe.kernels.torch_ops.layout import choose_layout
+from fastmoe.kernels.torch_ops.layout import Layout, choose_layout
 from fastmoe.kernels.torch_ops.mlp import Experts, Route, mlp_backward, mlp_forward
 
 
@@ -79,17 +79,29 @@ def grouped_mm_backward(
     grad_SO = layout.put(grad_NO)
     grads = [
         layout.take(layout.mm_transposed(grad_SO, weight_EOI)) if needed[0] else None,
-        layout.weight_grad(grad_SO, layout.put(rows_NI)) if needed[1] else None,
+        _weight_grad(layout, grad_SO, layout.put(rows_NI), weight_EOI) if needed[1] else None,
         layout.bias_grad(grad_SO) if needed[2] else None,
     ]
     return given(grads, grad_NO)
 
 
+def _weight_grad(layout: Layout, grad_SO: Tensor, rows_SI: Tensor, weight_EOI: Tensor) -> Tensor:
+    """`(E, O, I)`, stored as the weight is: autograd would copy a gradient that lies otherwise."""
+    if _is_transposed(weight_EOI):
+        return layout.weight_grad(rows_SI, grad_SO).transpose(1, 2)
+    return layout.weight_grad(grad_SO, rows_SI)
+
+
+def _is_transposed(weight_EOI: Tensor) -> bool:
+    return not weight_EOI.is_contiguous() and weight_EOI.transpose(1, 2).is_contiguous()
+
+
 @grouped_mm_backward.register_fake
 def _(grad_NO, rows_NI, weight_EOI, offsets_E, by, needed):  # type: ignore[no-untyped-def]
-    bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2])
-    grads = [rows_NI, weight_EOI, bias_EO]
-    return [g.new_empty(g.shape) if need else g.new_empty(0) for g, need in zip(grads, needed, strict=True)]
+    transposed = by != "triton" and _is_transposed(weight_EOI)
+    grad_EOI = torch.empty_like(weight_EOI) if transposed else weight_EOI.new_empty(weight_EOI.shape)
+    grads = [rows_NI.new_empty(rows_NI.shape), grad_EOI, weight_EOI.new_empty(weight_EOI.shape[:2])]
+    return [grad if need else grad.new_empty(0) for grad, need in zip(grads, needed, strict=True)]
 
 
 refuse_double_backward(grouped_mm_backward)
