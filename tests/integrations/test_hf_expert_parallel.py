@@ -1,11 +1,9 @@
 """Expert parallelism inside transformers: logits and gradients on two processes are those of one."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import needs_gloo, run
 from tiny_families import VOCABULARY, build_experts, build_model, families
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -13,9 +11,6 @@ from transformers import AutoModelForCausalLM, DistributedConfig
 
 import fastmoe.integrations.huggingface.expert_parallel as ours
 from fastmoe.integrations.huggingface import experts
-
-sys.path.append(str(Path(__file__).parents[1] / "parallel"))
-from processes import needs_gloo, run
 
 pytestmark = [needs_gloo, pytest.mark.skipif(ours.theirs is None, reason="a transformers without it")]
 
