@@ -91,7 +91,10 @@ def draw(runs: list[dict], path: Path) -> None:
         for run in (run for run in runs if run["name"] == name):
             label = name if run["seed"] == 0 else None
             axes.plot(run["steps"], run["bits"], color=f"C{number}", label=label, alpha=0.8)
-    axes.set(xlabel="steps of fine-tuning", ylabel="held-out loss, bits per byte")
+    bits = [bits for run in runs for bits in run["bits"][1:]]
+    axes.set(
+        xlabel="steps of fine-tuning", ylabel="held-out loss, bits per byte", ylim=(min(bits) - 0.05, max(bits) + 0.1)
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
