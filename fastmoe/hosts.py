@@ -13,20 +13,20 @@ from fastmoe.convert.targets import Target
 
 @dataclass(frozen=True)
 class Host:
-    """A library: the class of its models, and the integration that has `adopt(model)` for them."""
+    """A library: module and class of its models, and the integration that has `adopt(model, native)` for them."""
 
-    package: str
+    module: str
     model_class: str
     integration: str
 
     def made(self, model: nn.Module) -> bool:
         """Whether a model of this library is in `model`."""
-        package = sys.modules.get(self.package)  # without its library there is no such model
-        cls = None if package is None else getattr(package, self.model_class)
-        return cls is not None and any(isinstance(module, cls) for module in model.modules())
+        module = sys.modules.get(self.module)  # there is no such model before it is imported
+        cls = getattr(module, self.model_class, None)
+        return cls is not None and any(isinstance(part, cls) for part in model.modules())
 
 
-HOSTS = (Host("transformers", "PreTrainedModel", "fastmoe.integrations.huggingface"),)
+HOSTS = (Host("transformers.modeling_utils", "PreTrainedModel", "fastmoe.integrations.huggingface"),)
 
 
 def moefy(
@@ -80,7 +80,13 @@ def moefy(
     hosts = [importlib.import_module(host.integration) for host in HOSTS if host.made(model)]
     if to_native and not hosts:
         raise ValueError(f"to_native= is for models of transformers, got {type(model).__name__}")
-    model = convert.moefy(model, num_experts, top_k, target=target, init=init, every=every, **moe_options)
-    for host in hosts:
-        model = host.adopt(model, to_native)
-    return model
+    before = {module: dict(module._modules) for module in model.modules()} if hosts else {}
+    converted = convert.moefy(model, num_experts, top_k, target=target, init=init, every=every, **moe_options)
+    try:
+        for host in hosts:
+            converted = host.adopt(converted, to_native)
+    except ValueError:
+        for module, children in before.items():
+            module._modules.update(children)
+        raise
+    return converted

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmoe import kernels
 from fastmoe._device import on_device
 from fastmoe._errors import check_int, unknown_name
+from fastmoe._multiplier import read_multiplier
 from fastmoe._processes import ALONE, CollectiveError, Processes
 from fastmoe.dispatch import AllToAllDispatcher, LocalDispatcher, RoutedRows, Slices, from_slots, to_slots
 from fastmoe.experts import (
@@ -320,12 +321,13 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         _weights_N, loss, ctx.scale = inputs
-        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
+        ctx.like = torch.empty((), dtype=loss.dtype, device=loss.device)
 
     @staticmethod
     def backward(ctx, grad_N: Tensor):  # type: ignore[no-untyped-def]
-        scale = torch.as_tensor(ctx.scale, dtype=ctx.loss_dtype, device=ctx.loss_device)
-        return grad_N, scale.clone(), None
+        if isinstance(ctx.scale, Tensor):
+            return grad_N, read_multiplier(ctx.scale, grad_N, ctx.like), None
+        return grad_N, torch.full_like(ctx.like, ctx.scale), None
 
 
 def _build_router(

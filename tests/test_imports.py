@@ -13,7 +13,7 @@ PACKAGE = Path(fastmoe.__file__).parent
 
 # A part may import itself and parts of lower rank. Parts of one rank do not import each other.
 RANKS = {
-    "_backward": 0, "_device": 0, "_errors": 0, "_processes": 0, "_seeds": 0,
+    "_backward": 0, "_device": 0, "_errors": 0, "_processes": 0, "_seeds": 0, "_multiplier": 0,
     "kernels": 1,
     "routers": 2, "experts": 2, "dispatch": 2, "monitor": 2,
     "layer": 3, "mmoe": 3,

@@ -133,6 +133,9 @@ def _obstacle(block: nn.Module, pattern: Pattern) -> str | None:
         return f"it holds parameters or buffers besides {'/'.join(pattern.names)}"
     if has_hooks(block):
         return "it has hooks, which would be lost"
+    dtypes = {block.get_submodule(name).get_parameter("weight").dtype for name in pattern.names}
+    if len(dtypes) > 1:
+        return f"its weights have several dtypes, {', '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
     extra = further_arguments(block)
     if extra:
         return f"its forward takes more than one argument ({', '.join(p.name for p in extra)})"

@@ -66,8 +66,6 @@ SPLIT_PATTERNS = (
             "PLBartEncoderLayer",
             "PegasusDecoderLayer",
             "PegasusEncoderLayer",
-            "WhisperDecoderLayer",
-            "WhisperEncoderLayer",
             "XGLMDecoderLayer",
         ),
         children=("fc1", "activation_fn", "fc2"),

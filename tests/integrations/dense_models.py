@@ -89,7 +89,6 @@ MORE = {
     "roformer": Dense(MASKED, {"embedding_size": 32}),
     "stablelm": Dense(),
     "starcoder2": Dense(),
-    "whisper": Dense("AutoModelForSpeechSeq2Seq", BART | {"num_mel_bins": 8, "max_source_positions": 6}),
     "xglm": Dense(config={"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "dropout": 0.0}),
     "xlm-roberta": Dense(MASKED, {"pad_token_id": 1, "max_position_embeddings": 66}),
 }
@@ -114,8 +113,6 @@ def inputs(model_type: str, labels: bool = False, batch: int = 2) -> dict[str, t
         images = {"pixel_values": torch.randn(batch, 3, 8, 8)}
         return images | ({"labels": torch.randint(0, 2, (batch,))} if labels else {})
     ids = torch.randint(5, VOCAB, (batch, LENGTH))
-    if model_type == "whisper":
-        return {"input_features": torch.randn(batch, 8, 12), "decoder_input_ids": ids}
     given = {"input_ids": ids}
     if model_type in ENCODER_DECODER:
         given["decoder_input_ids"] = torch.randint(5, VOCAB, (batch, 5))

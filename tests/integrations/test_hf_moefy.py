@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 import transformers
-from dense_models import DENSE, MORE, VOCAB, inputs, make
+from dense_models import COMMON, DENSE, MORE, VOCAB, inputs, make
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastmoe
 from fastmoe.convert import SPLIT_PATTERNS, Absorbed
@@ -130,7 +131,7 @@ def test_loading_without_the_import_fails_clearly(tmp_path):
 
 def test_the_dense_class_fails_clearly_with_the_import_too(tmp_path):
     moefied("llama").save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="by an Auto class"):
+    with pytest.raises(Exception, match="load it by an Auto class"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -197,7 +198,7 @@ def test_relu_squared_has_a_name(tmp_path):
 def test_what_a_config_cannot_hold_is_said_when_it_is_saved(tmp_path):
     model = fastmoe.moefy(make("gpt2"), E, init="random", expert=lambda: nn.Linear(32, 32))
     logits(model, inputs("gpt2"))
-    with pytest.raises(ValueError, match=r"'h\.0\.mlp' has experts of its own.*use fastmoe\.save"):
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp' has experts of its own.*use fastmoe\.save"):
         model.save_pretrained(tmp_path)
     model = fastmoe.moefy(make("gpt2"), E, activation=torch.erf, init="random")
     with pytest.raises(ValueError, match="activation that is under no name"):
@@ -266,22 +267,6 @@ def test_a_model_inside_ones_own_network(tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "FastMoEBertModel"
 
 
-def test_a_text_model_inside_a_composite_one(tmp_path):
-    text = {**make("llama").config.to_dict(), "vocab_size": 128}
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model", "projection_dim": 32}
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=100)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    ids = {"input_ids": torch.randint(5, 90, (2, 7))}
-    before = logits(model, ids)
-    fastmoe.moefy(model, E, target="*language_model*mlp")
-    assert model.config.text_config.model_type == "fastmoe_llama"
-    assert (logits(model, ids) - before).abs().max() < 1e-5 * before.abs().max()
-    model.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
-
-
 def test_generate():
     model = moefied("llama")
     ids = inputs("llama")["input_ids"]
@@ -337,3 +322,168 @@ def test_parts_that_are_absorbed():
     block = model.bert.encoder.layer[0]
     assert isinstance(block.intermediate, fastmoe.MoE)
     assert isinstance(block.output.dense, Absorbed)
+
+
+CLIP_TEXT = {**COMMON, "projection_dim": 16, "hidden_act": "quick_gelu"}
+CLIP_VISION = {**CLIP_TEXT, "image_size": 8, "patch_size": 4}
+COMPOSITES = {
+    "clip": (
+        lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_VISION, projection_dim=16)
+        ),
+        lambda: {"input_ids": torch.randint(3, 90, (2, 7)), "pixel_values": torch.randn(2, 3, 8, 8)},
+    ),
+    "llava": (lambda: llava(), lambda: {"input_ids": torch.randint(5, 90, (2, 7))}),
+    "encoder_decoder": (
+        lambda: transformers.EncoderDecoderModel(encoder=make("bert", "AutoModel"), decoder=decoder()),
+        lambda: {"input_ids": torch.randint(5, 90, (2, 7)), "decoder_input_ids": torch.randint(5, 90, (2, 4))},
+    ),
+}
+
+
+def llava():
+    text = make("llama", vocab_size=128).config.to_dict()
+    vision = CLIP_VISION | {"model_type": "clip_vision_model"}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=100)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def decoder():
+    config = transformers.BertConfig(**COMMON, is_decoder=True, add_cross_attention=True)
+    return transformers.BertLMHeadModel(config)
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_models_of_several_models(name, tmp_path):
+    build, batch = COMPOSITES[name][0](), COMPOSITES[name][1]()
+    model = build.eval()
+    before = logits(model, batch)
+    fastmoe.moefy(model, E)
+    assert type(model).__name__.startswith("FastMoE")
+    assert (logits(model, batch) - before).abs().max() < 1e-5 * before.abs().max()
+    with torch.no_grad():
+        for layer in fastmoe.moe_layers(model).values():
+            layer.experts.w1.add_(torch.randn_like(layer.experts.w1))
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path) if name == "clip" else type(model).from_pretrained(tmp_path)
+    assert list(fastmoe.moe_layers(loaded)) == list(fastmoe.moe_layers(model))
+    assert torch.equal(logits(loaded, batch), expected)
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("experts.w2")}
+    model.save_pretrained(tmp_path / "less", state_dict=state)
+    with pytest.raises(ValueError, match="lacks weights of MoE layers"):
+        type(model).from_pretrained(tmp_path / "less")
+
+
+def test_a_part_can_be_saved_by_itself(tmp_path):
+    model = llava()
+    fastmoe.moefy(model, E, target="*language_model*mlp")
+    model.model.language_model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "FastMoELlamaModel"
+    for got, expected in zip(loaded.parameters(), model.model.language_model.parameters(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_converting_a_part_and_then_the_whole(tmp_path):
+    model = make("t5")
+    fastmoe.moefy(model, E, target="encoder.*DenseReluDense")
+    fastmoe.moefy(model, E, target="decoder.*DenseReluDense")
+    assert type(model).__name__ == "FastMoET5ForConditionalGeneration"
+    model.save_pretrained(tmp_path / "t5")
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5")
+    batch = inputs("t5")
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    model = make("llama")
+    fastmoe.moefy(model.model, E)
+    fastmoe.moefy(model, E)
+    model.save_pretrained(tmp_path / "llama")
+    assert len(fastmoe.moe_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"))) == 2
+
+
+class WithHead(transformers.LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = LlamaMLP(config)
+        self.post_init()
+
+
+def test_layers_of_a_head(tmp_path):
+    model = fastmoe.moefy(WithHead(make("llama").config).eval(), E)
+    assert list(fastmoe.moe_layers(model))[-1] == "extra"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.extra.experts.w1, model.extra.experts.w1)
+    assert len(fastmoe.moe_layers(AutoModelForCausalLM.from_pretrained(tmp_path))) == 2
+    model = make("roberta", "AutoModelForSequenceClassification")
+    fastmoe.moefy(model, E, target="*classifier.dense", init="random")
+    with pytest.raises(ValueError, match="experts of its own"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilbert", "t5"])
+def test_no_dense_class_takes_the_checkpoint(name, tmp_path):
+    dense = make(name)
+    fastmoe.moefy(copy.deepcopy(dense), E).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="load it by an Auto class"):
+        type(dense).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gpt2", {}), ("llama", {"router": "noisy_topk"}), ("llama", {"every": 2})],
+)
+def test_a_native_model_that_cannot_be_leaves_the_model_as_it_was(name, options):
+    model = make(name)
+    before, batch = list(model.named_modules()), inputs(name)
+    expected = logits(model, batch)
+    with pytest.raises(ValueError):
+        fastmoe.moefy(model, E, to_native=True, **options)
+    assert list(model.named_modules()) == before
+    assert type(model).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
+    assert torch.equal(logits(model, batch), expected)
+
+
+class Mine(transformers.LlamaForCausalLM):
+    """A class that transformers does not know."""
+
+
+def test_pickles_of_a_class_of_ones_own():
+    model = fastmoe.moefy(Mine(make("llama").config).eval(), E)
+    batch = inputs("llama")
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), logits(model, batch))
+    assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
+
+
+def test_a_model_type_of_ones_own(tmp_path):
+    class MineConfig(transformers.LlamaConfig):
+        model_type = "mine"
+
+    class MineForCausalLM(transformers.LlamaForCausalLM):
+        config_class = MineConfig
+
+    AutoConfig.register("mine", MineConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MineConfig, MineForCausalLM, exist_ok=True)
+    model = fastmoe.moefy(MineForCausalLM(MineConfig(**make("llama").config.to_diff_dict())).eval(), E)
+    model.save_pretrained(tmp_path)
+    batch = inputs("llama")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "FastMoEMineForCausalLM"
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_other_sizes_are_an_error_too(tmp_path):
+    moefied("gpt2").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.fastmoe["layers"][0]["num_experts"] = 2 * E
+    with pytest.raises(ValueError, match="lacks weights of MoE layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+
+
+def test_weights_of_two_dtypes_are_left_alone():
+    model = make("t5").half()
+    for module in model.modules():
+        if hasattr(module, "wo"):
+            module.wo.float()
+    with pytest.raises(ValueError, match="several dtypes, float16, float32"):
+        fastmoe.moefy(model, E)

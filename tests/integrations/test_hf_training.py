@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from dense_models import VOCAB, inputs, make
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -136,12 +137,9 @@ def test_label_smoothing_keeps_the_balance_loss_and_shifts_the_labels(tmp_path):
 
 
 def test_a_loss_of_ones_own_keeps_the_balance_loss(tmp_path):
-    def compute(output, labels, num_items_in_batch=None):
-        return token_losses(output, {"labels": labels}) / num_items_in_batch
-
     model, rows = moefied(), texts(8)
     expected = by_hand(model, rows, lambda o, b: token_losses(o, b) / (8 * (LENGTH - 1)), lambda b: 1 / 4)
-    found = train(model, rows, tmp_path, {"compute_loss_func": compute}, gradient_accumulation_steps=4)
+    found = train(model, rows, tmp_path, {"compute_loss_func": own_loss}, gradient_accumulation_steps=4)
     assert_same(found, expected)
 
 
@@ -155,6 +153,92 @@ def test_gradient_checkpointing(reentrant, tmp_path):
     )  # fmt: skip
     assert_same(found, expected)
     assert any("router" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    "trainer", [{}, {"compute_loss_func": lambda o, y, num_items_in_batch: own_loss(o, y, num_items_in_batch)}]
+)
+def test_labels_that_are_kept_from_the_model_and_partly_ignored(trainer, tmp_path):
+    """Of each text most labels are in no loss, as of a prompt; the balance loss is of all tokens all the same."""
+    model, rows = moefied(), texts(8)
+    for row in rows:
+        row["labels"][:6] = -100
+    options = {} if trainer else {"label_smoothing_factor": 0.1}
+    found = train(copy.deepcopy(model), rows, tmp_path, trainer, gradient_accumulation_steps=4, **options)
+    without = fastmoe.moefy(make("llama"), E, router_options={"aux_loss_weight": 0.0}).train()
+    without.load_state_dict(model.state_dict())
+    main = train(without, rows, tmp_path, trainer, gradient_accumulation_steps=4, **options)
+    balance = by_hand(model, rows, lambda o, b: 0 * o.logits.sum(), lambda b: 1 / 4)
+    assert_same(found, {name: grad + balance[name] for name, grad in main.items()})
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_belongs_to_its_pass(reentrant):
+    """Two passes with other padding and multipliers, and one in evaluation, before one backward."""
+    model = moefied()
+    first, second = (inputs("llama", labels=True) for _ in range(2))
+    for batch, real in ((first, 4), (second, 7)):
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, real:] = 0
+    reference = copy.deepcopy(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for one in (reference, model):
+        loss = one(**first).loss + 0.1 * one(**second).loss
+        with torch.no_grad():
+            one.eval()(**second)
+        one.train()
+        loss.backward()
+    assert_same(grads(model), grads(reference))
+
+
+def test_passes_have_multipliers_of_their_own():
+    model, batch = moefied("gpt2"), inputs("gpt2", labels=True)
+    reference = copy.deepcopy(model)
+    ids = {"input_ids": batch["input_ids"]}
+    for one in (model, reference):
+        scores = one(**ids).logits.square().mean()
+        if one is model:
+            scores = scores + 0.0 * one(**batch).loss
+        scores.backward()
+    assert_same(grads(model), grads(reference))
+
+
+def test_a_model_inside_is_a_model_by_itself_too():
+    model, batch = moefied(), inputs("llama", labels=True)
+    reference = copy.deepcopy(model)
+    (model(**batch).loss * 1e-3).backward()
+    model.zero_grad()
+    for one in (model, reference):
+        one.model(input_ids=batch["input_ids"]).last_hidden_state.square().mean().backward()
+    assert_same(grads(model), grads(reference))
+
+
+def test_the_multiplier_of_a_model_of_several_models():
+    text = make("llama", vocab_size=128).config.to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model", "projection_dim": 32}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=100)
+    model = fastmoe.moefy(transformers.LlavaForConditionalGeneration(config), E, target="*language_model*mlp").train()
+    batch = inputs("llama", labels=True)
+    reference = copy.deepcopy(model)
+    with fastmoe.collect_aux_losses(reference) as losses:
+        loss = reference(**batch).loss
+    ((loss + losses.total()) * 0.01).backward()
+    (model(**batch).loss * 0.01).backward()
+    assert_same(grads(model), grads(reference))
+
+
+def test_a_second_call_changes_no_multiplier():
+    model, batch = fastmoe.moefy(moefied("t5"), E), inputs("t5", labels=True)
+    reference = copy.deepcopy(model)
+    with fastmoe.collect_aux_losses(reference) as losses:
+        loss = reference(**batch).loss
+    ((loss + losses.total()) * 0.01).backward()
+    (model(**batch).loss * 0.01).backward()
+    assert_same(grads(model), grads(reference))
+    fastmoe.set_aux_loss_scale(model, 0.5)
+    fastmoe.moefy(model, E)
+    assert {layer.aux_loss_scale for layer in fastmoe.moe_layers(model).values()} == {0.5}
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25, 65536.0])
@@ -261,13 +345,31 @@ def test_accelerate_accumulates():
     assert_same(grads(model), expected)
 
 
-def test_compiled_training():
-    model, batch = moefied(), inputs("llama", labels=True)
+class Broken(torch.nn.Module):
+    """A module whose forward compilation cannot trace in one piece."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(("name", "fullgraph"), [("llama", True), ("llama", False), ("gpt2", False)])
+def test_compiled_training(name, fullgraph):
+    torch._dynamo.reset()
+    model, batch = moefied(name), inputs(name, labels=True)
+    if not fullgraph:
+        model.lm_head = Broken(model.lm_head)
     reference = copy.deepcopy(model)
-    (reference(**batch).loss * 0.5).backward()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    (compiled(**batch).loss * 0.5).backward()
-    assert_same(grads(model), grads(reference))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    for factor in (0.5, 0.1):
+        for one, called in ((reference, reference), (model, compiled)):
+            one.zero_grad()
+            (called(**batch).loss * factor).backward()
+        assert_same(grads(model), grads(reference))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], []])
@@ -278,6 +380,7 @@ def test_lora(targets, tmp_path):
     config = peft.LoraConfig(
         r=2, lora_alpha=4, target_modules=targets, target_parameters=parameters, task_type="CAUSAL_LM"
     )
+    base = copy.deepcopy(model)
     with torch.no_grad():
         before = model.eval()(**batch).logits
     adapted = peft.get_peft_model(model, config)
@@ -296,6 +399,9 @@ def test_lora(targets, tmp_path):
     with torch.no_grad():
         expected = adapted.eval()(**batch).logits
     adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, expected)
     merged = adapted.merge_and_unload()
     with torch.no_grad():
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)

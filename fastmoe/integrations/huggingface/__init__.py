@@ -1,5 +1,10 @@
 """fastmoe inside Hugging Face transformers."""
 
+from importlib.metadata import version
+
+if tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 17):
+    raise ImportError(f"fastmoe needs transformers 5.17 or later, found {version('transformers')}")
+
 from fastmoe.integrations.huggingface import config, expert_parallel, experts
 from fastmoe.integrations.huggingface.adopt import adopt
 from fastmoe.integrations.huggingface.native import to_native

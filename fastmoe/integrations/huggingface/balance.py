@@ -6,92 +6,136 @@ items of all micro-batches a model's loss is its share of their mean. So the los
 backward it learns its multiplier first, and the layers, which come after, use it.
 """
 
+import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from fastmoe.model import moe_layers
+from fastmoe._multiplier import write_multiplier
+from fastmoe.layer import MoE
 
 IGNORED = -100  # the label of a token that is in no loss
 
+_running: list["TrainingPass"] = []
 
-class LossScale:
-    """What one model's layers are told: the multiplier of their balance losses, a tensor that they read in backward,
-    and in training which tokens are padding.
+
+class TrainingPass:
+    """One forward pass of a model in training, and what its layers are told meanwhile and when it is recomputed.
+
+    Args:
+        model: its MoE layers are those that are told; one whose multiplier the user has set keeps it.
+        multiplier: of the balance losses, `share` unless the loss is watched.
+        padding: bool `(B, S)`, False for padding; or None.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.value = torch.ones((), device="cpu")  # a model that is being loaded is built on the meta device
-        self.layers = list(moe_layers(model).values())
-        for layer in self.layers:
-            layer.aux_loss_scale = self.value
+    def __init__(self, model: nn.Module, multiplier: Tensor, padding: Tensor | None) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self.multiplier, self.padding = multiplier, padding
 
-    def around(self, model: Any, names: list[str], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A model's `forward(*args, **kwargs)`, whose arguments have these names."""
-        given = dict(zip(names, args, strict=False)) | kwargs
-        padding = None if not model.training or model.config.is_encoder_decoder else _mask_of(given)
-        for layer in self.layers:
-            layer.token_mask = padding
-        if not (model.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        share = share_of_items(model, given).to(next(model.parameters()).device)
-        if not torch.compiler.is_compiling() and self.value.device != share.device:
-            self.value.data = self.value.to(share.device)
-        with torch.no_grad():
-            self.value.copy_(share)
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """The layers know of this pass inside."""
+        before = [(layer, layer.aux_loss_scale, layer.token_mask) for layer in self.layers]
+        for layer, scale, _ in before:
+            layer.token_mask = self.padding
+            if isinstance(scale, float) and scale == 1.0:
+                layer.aux_loss_scale = self.multiplier
+        _running.append(self)
+        try:
+            yield
+        finally:
+            _running.pop()
+            for layer, scale, mask in before:
+                layer.aux_loss_scale, layer.token_mask = scale, mask
+
+    def recomputing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which belongs to this pass whenever it is called."""
+
+        @functools.wraps(function)
+        def belonging(*args: Any, **kwargs: Any) -> Any:
+            with self.told():
+                return function(*args, **kwargs)
+
+        return belonging
+
+
+@dataclass(frozen=True)
+class Carrying:
+    """An activation checkpointing function whose recomputation belongs to the pass that it recomputes."""
+
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _running and not torch.compiler.is_compiling():
+            function = _running[-1].recomputing(function)
+        return self.checkpoint(function, *args, **kwargs)
+
+
+def run(model: Any, names: list[str], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A model's `forward(*args, **kwargs)`, whose arguments have these names; inside another model's it is a part."""
+    if _running or not (model.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    share = share_of(model, given).to(next(model.parameters()).device)
+    multiplier = share.clone()
+    if torch.compiler.is_compiling() and given.get("labels") is not None:
+        multiplier = model.compiled_multiplier  # compiled code needs one that was there before
+        share = write_multiplier(share, multiplier, torch.ones_like(share))
+    padding = None if model.config.is_encoder_decoder else _padding_mask(given)
+    with TrainingPass(model, multiplier, padding).told():
         output = forward(*args, **kwargs)
-        labelled = given.get("labels") is not None
-        if isinstance(output, dict):
-            if isinstance(output.get("loss"), Tensor):
-                output["loss"] = self._watch(output["loss"], share)
-        elif labelled and isinstance(output, tuple):
-            output = (self._watch(output[0], share), *output[1:])
-        return output
+    if isinstance(output, dict):
+        if isinstance(output.get("loss"), Tensor):
+            output["loss"] = _watch(output["loss"], multiplier, share)
+    elif given.get("labels") is not None and isinstance(output, tuple):
+        output = (_watch(output[0], multiplier, share), *output[1:])
+    return output
 
-    def _watch(self, loss: Tensor, share: Tensor) -> Tensor:
-        return _Watch.apply(loss, self.value, share) if loss.requires_grad and loss.dim() == 0 else loss
+
+def _watch(loss: Tensor, multiplier: Tensor, share: Tensor) -> Tensor:
+    return _Watch.apply(loss, multiplier, share) if loss.requires_grad and loss.dim() == 0 else loss
 
 
 class _Watch(torch.autograd.Function):
-    """The identity on the main loss; in backward `scale` becomes its gradient times `share`."""
+    """The identity on the main loss; in backward `multiplier` becomes its gradient times `share`."""
 
     @staticmethod
-    def forward(loss: Tensor, scale: Tensor, share: Tensor) -> Tensor:
+    def forward(loss: Tensor, multiplier: Tensor, share: Tensor) -> Tensor:
         return loss.clone()  # Trainer multiplies it in place
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        _loss, ctx.scale, ctx.share = inputs
+        _loss, ctx.multiplier, ctx.share = inputs
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        ctx.scale.copy_(grad * ctx.share)
-        return grad, None, None
+        return write_multiplier(grad, ctx.multiplier, ctx.share), None, None
 
 
-def share_of_items(model: Any, given: dict[str, Any]) -> Tensor:
-    """This forward pass's part of the items that a loss is divided by; 1 where it is divided by its own.
+def share_of(model: Any, given: dict[str, Any]) -> Tensor:
+    """This forward pass's part of what one optimizer step is made of, as far as the loss that it returns is not divided
+    by it afterwards.
 
-    `num_items_in_batch`, which Trainer gives, counts the labels of all micro-batches. Where the labels are kept from
-    the model (label smoothing, a loss of one's own), its tokens are counted in their stead.
+    With `num_items_in_batch`, which Trainer gives, that is its labels among those of all micro-batches. Where Trainer
+    computes the loss itself, from labels that the model is not given (label smoothing, `compute_loss_func`), it is one
+    of the accumulated micro-batches, times the scale of Trainer's GradScaler.
     """
-    total = given.get("num_items_in_batch")
+    total, labels = given.get("num_items_in_batch"), given.get("shift_labels")
+    if labels is None and given.get("labels") is not None:
+        labels = given["labels"][..., 1:] if _shifts_labels(model) else given["labels"]
+    if labels is None:
+        return torch.tensor(_share_in_trainer(), device="cpu")
     if total is None:
-        return torch.ones(())
-    if given.get("shift_labels") is not None:
-        items = (given["shift_labels"] != IGNORED).sum()
-    elif given.get("labels") is not None:
-        labels = given["labels"]
-        items = ((labels[..., 1:] if _shifts_labels(model) else labels) != IGNORED).sum()
-    else:
-        mask = _token_mask(given)
-        items = (mask[..., 1:] if _shifts_labels(model) else mask).sum()
-    share = items / torch.as_tensor(total, device=items.device)
-    return share.clamp(max=1).to(torch.float32)
+        return torch.ones((), device="cpu")
+    items = (labels != IGNORED).sum()
+    return (items / torch.as_tensor(total, device=items.device)).to(torch.float32)
 
 
 def _shifts_labels(model: Any) -> bool:
@@ -100,18 +144,24 @@ def _shifts_labels(model: Any) -> bool:
     return shifts and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _mask_of(given: dict[str, Any]) -> Tensor | None:
+def _share_in_trainer() -> float:
+    """What the Trainer that is calling, if one is, makes of a loss of its own."""
+    module = sys.modules.get("transformers.trainer")
+    frame = None if module is None or torch.compiler.is_compiling() else sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, module.Trainer):  # type: ignore[union-attr]
+            scaler = getattr(caller.accelerator, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            return scale / getattr(caller, "current_gradient_accumulation_steps", 1)
+        frame = frame.f_back
+    return 1.0
+
+
+def _padding_mask(given: dict[str, Any]) -> Tensor | None:
     """bool `(B, S)`, False for padding; None where none is given, or another kind of mask."""
     mask = given.get("attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _token_mask(given: dict[str, Any]) -> Tensor:
-    mask = _mask_of(given)
-    if mask is not None:
-        return mask
-    tokens = next(given[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if given.get(name) is not None)
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:

@@ -3,17 +3,20 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 PREFIX = "fastmoe_"
 CLASS_PREFIX = "FastMoE"
-DENSE_WIDTHS = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim")
-GUARD = "a fastmoe model: import fastmoe.integrations.huggingface, and load it by an Auto class"
+GUARD = "in a fastmoe model: load it by an Auto class, after `import fastmoe.integrations.huggingface`"
+WIDTHS = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "hidden_dim")
+
+made: dict[type, type] = {}
+lock = RLock()
 
 
 class MoEConfig:
@@ -27,43 +30,71 @@ class MoEConfig:
     fastmoe: dict[str, Any]
 
     def to_json_file(self: Any, json_file_path: str | Path, use_diff: bool = True) -> None:
-        """Write the file; the width of dense blocks stands in it so that a dense class fails on it.
+        """Write the file; one number in it is none, for a dense class to fail on it.
 
-        A dense class would load the file, warn, and go on with feed-forward weights drawn anew.
+        It would load the file, warn, and go on with feed-forward weights drawn anew.
         """
         content = json.loads(self.to_json_string(use_diff))
-        widths = {name: getattr(self, name) for name in self._guarded()}
-        content |= dict.fromkeys(widths, GUARD) | {"fastmoe": content["fastmoe"] | {"dense_widths": widths}}
+        guarded = guarded_field(dense_config_class(type(self)))
+        value = content[guarded] if guarded in content else getattr(self, guarded)
+        content["fastmoe"] = content["fastmoe"] | {"guarded": {guarded: value}}
+        content[guarded] = GUARD
         Path(json_file_path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    @classmethod
-    def _guarded(cls: Any) -> list[str]:
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return [name for name in DENSE_WIDTHS if name in fields]
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        made_by, (cls, *more), *rest = reduced
+        return _remade, (made_by, dense_config_class(cls), *more), *rest
 
 
-def _make_config_class(dense: Any) -> type[PretrainedConfig]:
+def config_class_for(dense: Any) -> Any:
     """The configuration class of MoE models that were made from models with a `dense` one."""
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         fastmoe = copy.deepcopy(kwargs.pop("fastmoe", None) or {"layers": []})
-        for name, value in fastmoe.pop("dense_widths", {}).items():
+        for name, value in fastmoe.pop("guarded", {}).items():
             if kwargs.get(name) == GUARD:
                 kwargs[name] = value
         dense.__init__(self, *args, **kwargs)
         self.fastmoe = fastmoe
         _register_models(type(self))
 
-    body = {"model_type": PREFIX + dense.model_type, "__module__": __name__, "__init__": initialise}
-    return type(CLASS_PREFIX + dense.__name__, (MoEConfig, dense), body)
+    with lock:
+        if dense not in made:
+            body = {
+                "model_type": PREFIX + dense.model_type,
+                "_auto_class": None,
+                "__module__": __name__,
+                "__init__": initialise,
+            }
+            made[dense] = type(CLASS_PREFIX + dense.__name__, (MoEConfig, dense), body)
+        return made[dense]
 
 
-config_class_for: Callable[[Any], type[PretrainedConfig]] = cache(_make_config_class)
+@cache
+def guarded_field(dense: Any) -> str:
+    """A field of a dense configuration class, of its own, that takes no text: the width of its blocks if it can be.
+
+    Raises:
+        ValueError: it has none.
+    """
+    common = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    own = [field.name for field in dataclasses.fields(dense) if field.name not in common]
+    for name in sorted(own, key=lambda name: name not in WIDTHS):
+        try:
+            dense(**{name: GUARD})
+        except Exception:
+            return name
+    raise ValueError(f"{dense.__name__} takes anything for its fields: a dense model would load MoE weights unnoticed")
 
 
-def dense_config_class(config_class: Any) -> type[PretrainedConfig]:
+def dense_config_class(config_class: Any) -> Any:
     """The class that a MoE configuration class was made from."""
     return next(base for base in config_class.__mro__[1:] if base is not MoEConfig)
+
+
+def _remade(made_by: Any, dense: Any, *more: Any) -> Any:
+    return made_by(config_class_for(dense), *more)
 
 
 class ConfigClasses(dict[str, type[PretrainedConfig]]):
@@ -74,9 +105,9 @@ class ConfigClasses(dict[str, type[PretrainedConfig]]):
     """
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or (
-            isinstance(key, str) and key.startswith(PREFIX) and key.removeprefix(PREFIX) in CONFIG_MAPPING._mapping
-        )
+        if super().__contains__(key):
+            return True
+        return isinstance(key, str) and key.startswith(PREFIX) and key.removeprefix(PREFIX) in CONFIG_MAPPING
 
     def __missing__(self, key: str) -> type[PretrainedConfig]:
         self[key] = config_class_for(CONFIG_MAPPING[key.removeprefix(PREFIX)])
@@ -90,16 +121,6 @@ def register() -> None:
 
 
 def _register_models(config_class: type[PretrainedConfig]) -> None:
-    from fastmoe.integrations.huggingface.model import register_models
+    from fastmoe.integrations.huggingface.registry import register_models
 
     register_models(config_class)
-
-
-def __getattr__(name: str) -> Any:
-    """`FastMoE<Config>`, for pickle."""
-    import transformers
-
-    dense = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
-    if dense is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return config_class_for(dense)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from fastmoe.convert import Absorbed, DropoutMoE, absorbed_beside
@@ -16,42 +17,46 @@ from fastmoe.routers import ROUTERS, Router, option_names
 PLAIN = ("d_model", "num_experts", "top_k", "d_hidden", "bias", "dropout", "shared_d_hidden", "backend")
 
 
-def describe(model: nn.Module) -> list[dict[str, Any]]:
+def describe(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The MoE layers of `model`, those alike in one entry: their names, and what `build` makes them of.
+
+    Names are those in the base model, which other heads have too, or in the head (`of_base` False).
 
     Raises:
         ValueError: a layer that plain data cannot describe; the message says which and why.
     """
     groups: dict[str, dict[str, Any]] = {}
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     for name, layer in model.named_modules():
         if isinstance(layer, MoE):
             parent, _, child = name.rpartition(".")
-            absorbed = absorbed_beside(model.get_submodule(parent), child)
-            entry = _describe(name, layer) | {"absorbed": list(absorbed)}
-            groups.setdefault(json.dumps(entry, sort_keys=True), entry | {"names": []})["names"].append(name)
+            entry = _describe(name, layer) | {
+                "absorbed": list(absorbed_beside(model.get_submodule(parent), child)),
+                "of_base": name.startswith(prefix),
+            }
+            group = groups.setdefault(json.dumps(entry, sort_keys=True), entry | {"names": []})
+            group["names"].append(name.removeprefix(prefix))
     return list(groups.values())
 
 
-def build(model: nn.Module, groups: list[dict[str, Any]]) -> list[MoE]:
-    """Put the described layers into a dense `model`, in place; names that this model has not are left out.
+def build(model: PreTrainedModel, groups: list[dict[str, Any]]) -> list[MoE]:
+    """Put the described layers into a dense `model`, in place; those of other heads are left out.
 
     Raises:
         ValueError: the model has none of them.
     """
     built = []
     for group in groups:
+        root = model.base_model if group["of_base"] else model
+        found = dict(root.named_modules())
         for name in group["names"]:
-            if not _has(model, name):
-                continue
-            layer = _make(group)
-            model.set_submodule(name, layer)
-            for other in group["absorbed"]:
-                model.set_submodule(_beside(name, other), Absorbed())
-            built.append(layer)
-    if groups and not built:
-        raise ValueError(
-            f"{type(model).__name__} has none of the MoE layers of its config, as {groups[0]['names'][0]!r}"
-        )
+            if name in found and not isinstance(found[name], MoE):
+                built.append(_make(group))
+                root.set_submodule(name, built[-1])
+                for other in group["absorbed"]:
+                    root.set_submodule(f"{name.rpartition('.')[0]}.{other}", Absorbed())
+    if not any(isinstance(module, MoE) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has none of the MoE layers that its config describes")
     return built
 
 
@@ -62,27 +67,30 @@ def _describe(name: str, layer: MoE) -> dict[str, Any]:
         raise ValueError(f"layer {name!r} has experts of its own, which a config cannot describe")
     if kind is None or not isinstance(router, Router):
         raise ValueError(f"layer {name!r} has a router of its own ({type(router).__name__}), which is under no name")
-    if type(layer) not in (MoE, DropoutMoE):
-        raise ValueError(f"layer {name!r} is a {type(layer).__name__}, not a fastmoe.MoE")
-    entry = {
-        "d_model": layer.d_model,
-        "num_experts": layer.num_experts,
-        "top_k": layer.top_k,
-        "d_hidden": experts.d_hidden,
+    entry = _sizes(layer, experts) | {
         "activation": _activation_name(name, experts.activation),
-        "bias": experts.b1 is not None,
-        "dropout": experts.dropout,
-        "shared_d_hidden": 0 if layer.shared is None else layer.shared.w2.in_features,
-        "backend": layer.backend,
         "router": kind,
         "router_options": {option: getattr(router, option) for option in option_names(type(router))},
-        "output_dropout": layer.output_dropout.p if isinstance(layer, DropoutMoE) else None,
     }
     try:
         json.dumps(entry)
     except TypeError as error:
         raise ValueError(f"layer {name!r} has an option that JSON cannot hold: {error}") from None
     return entry
+
+
+def _sizes(layer: MoE, experts: MLPExperts) -> dict[str, Any]:
+    return {
+        "d_model": layer.d_model,
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "d_hidden": experts.d_hidden,
+        "bias": experts.b1 is not None,
+        "dropout": experts.dropout,
+        "shared_d_hidden": 0 if layer.shared is None else layer.shared.w2.in_features,
+        "backend": layer.backend,
+        "output_dropout": layer.output_dropout.p if isinstance(layer, DropoutMoE) else None,
+    }
 
 
 def _activation_name(name: str, activation: Any) -> str:
@@ -107,19 +115,6 @@ def _name_in_transformers(activation: Any) -> str | None:
             if next(candidate.parameters(), None) is None and torch.equal(candidate(x), y):
                 return known
     return None
-
-
-def _beside(name: str, other: str) -> str:
-    parent = name.rpartition(".")[0]
-    return f"{parent}.{other}" if parent else other
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _make(entry: dict[str, Any]) -> MoE:

@@ -1,17 +1,15 @@
-"""Model classes of MoE models that were dense, made from the dense classes, and their place in the Auto classes."""
+"""Model classes of MoE models that were dense, made from the dense classes."""
 
 import functools
-import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
-from fastmoe.integrations.huggingface.balance import LossScale, argument_names
-from fastmoe.integrations.huggingface.config import CLASS_PREFIX, PREFIX, config_class_for, dense_config_class
+from fastmoe.integrations.huggingface.balance import Carrying, argument_names, run
+from fastmoe.integrations.huggingface.config import CLASS_PREFIX, config_class_for, lock, made
 from fastmoe.integrations.huggingface.describe import build, describe
 from fastmoe.layer import MoE
 from fastmoe.token_ids import feed_token_ids
@@ -20,11 +18,20 @@ from fastmoe.token_ids import feed_token_ids
 class MoEModel:
     """Mixed into a dense model class: its MoE layers are those that `config.fastmoe` describes."""
 
+    dense_class: type
+    _weight_conversions: list[Any]
+    compiled_multiplier: torch.Tensor
+
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        for layer in build(self.base_model, config.fastmoe["layers"]):
+        for layer in build(self, config.fastmoe["layers"]):
             _initialise(layer, config)
         finish(self)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **more: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, Carrying(gradient_checkpointing_func), **more)  # type: ignore[misc]
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As of every model of transformers.
@@ -32,38 +39,81 @@ class MoEModel:
         Raises:
             ValueError: a layer that the configuration cannot describe; experts that are spread over processes.
         """
-        spread = max(layer.experts.spread_over for layer in self.modules() if isinstance(layer, MoE))
+        layers = [module for module in self.modules() if isinstance(module, MoE)]
+        spread = max((layer.experts.spread_over for layer in layers), default=1)
         if spread > 1:
             raise ValueError(
                 f"experts are spread over {spread} processes: use fastmoe.save, and `fastmoe consolidate` for one file"
             )
         try:
-            self.config.fastmoe = {"layers": describe(self.base_model)}
+            described = {"layers": describe(self)}
         except ValueError as error:
             raise ValueError(
                 f"{error}: from_pretrained could not build it again. Save the state_dict, or use fastmoe.save"
             ) from None
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        before, self.config.fastmoe = self.config.fastmoe, described
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.fastmoe = before
 
     @classmethod
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As of every model of transformers.
 
         Raises:
-            ValueError: weights of a MoE layer that are not in the checkpoint.
+            ValueError: weights of a MoE layer that are not in the checkpoint, or have another shape there.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoE))
-        missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
+        other_shapes = [name for name, *_ in info["mismatched_keys"]]
+        missing = sorted(name for name in (*info["missing_keys"], *other_shapes) if name.startswith(inside))
         if missing:
             raise ValueError(f"the checkpoint lacks weights of MoE layers: {', '.join(missing)}")
         return (model, info) if output_loading_info else model
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        made_by, (_, *more), *rest = reduced
+        return _remade, (made_by, self.dense_class, *more), *rest
+
+
+def model_class_for(dense: Any) -> Any:
+    """The class of MoE models that were made from `dense` ones."""
+    names = argument_names(dense.forward)
+
+    @functools.wraps(dense.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, names, functools.partial(dense.forward, self), args, kwargs)
+
+    with lock:
+        if dense not in made:
+            body = {
+                "__module__": __name__,
+                "__doc__": f"A `{dense.__name__}` with MoE layers.",
+                "_auto_class": None,
+                "config_class": config_class_for(dense.config_class),
+                "dense_class": dense,
+                "forward": forward,
+            }
+            made[dense] = type(CLASS_PREFIX + dense.__name__, (MoEModel, dense), body)
+        return made[dense]
+
 
 def finish(model: Any) -> None:
-    """What every MoE model has besides its layers."""
-    model._weight_conversions = []  # saved under the names it has
-    model.loss_scale = LossScale(model)
+    """What a MoE model, and each one inside it, has besides its layers."""
+    from fastmoe.integrations.huggingface.adopt import adopt_inside
+
+    adopt_inside(model)
+    for module in model.modules():
+        if isinstance(module, MoEModel):
+            module._weight_conversions = []  # saved under the names it has
+            module.compiled_multiplier = torch.ones(
+                (), device="cpu"
+            )  # also where the model is built on the meta device
+        checkpointing = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpointing is not None and not isinstance(checkpointing, Carrying):
+            module._gradient_checkpointing_func = Carrying(checkpointing)
     if any(getattr(layer.router, "needs_token_ids", False) for layer in model.modules() if isinstance(layer, MoE)):
         feed_token_ids(model, model.get_input_embeddings())
 
@@ -71,6 +121,8 @@ def finish(model: Any) -> None:
 @torch.no_grad()
 def _initialise(layer: MoE, config: PretrainedConfig) -> None:
     """Fresh experts as transformers starts linear layers; a router keeps its own start."""
+    if next(layer.parameters()).is_meta:
+        return
     std = getattr(config, "initializer_range", None) or 0.02
     for part in (layer.experts, layer.shared):
         for name, parameter in () if part is None else part.named_parameters():
@@ -82,58 +134,5 @@ def _initialise(layer: MoE, config: PretrainedConfig) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _make_model_class(dense: Any) -> type[PreTrainedModel]:
-    """The class of MoE models that were made from `dense` ones."""
-
-    names = argument_names(dense.forward)
-
-    @functools.wraps(dense.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.loss_scale.around(self, names, functools.partial(dense.forward, self), args, kwargs)
-
-    body = {
-        "__module__": __name__,
-        "__doc__": f"A `{dense.__name__}` with MoE layers.",
-        "config_class": config_class_for(dense.config_class),
-        "forward": forward,
-    }
-    return type(CLASS_PREFIX + dense.__name__, (MoEModel, dense), body)
-
-
-model_class_for: Callable[[Any], type[PreTrainedModel]] = cache(_make_model_class)
-
-
-def _register_models(config_class: Any) -> None:
-    """Make the MoE models of this configuration known to every Auto class that knows the dense ones."""
-    dense_type = dense_config_class(config_class).model_type
-    for auto in _auto_classes():
-        names = auto._model_mapping._model_mapping
-        if dense_type not in names:
-            continue
-        found = auto._model_mapping[dense_config_class(config_class)]
-        classes = tuple(model_class_for(dense) for dense in (found if isinstance(found, tuple) else (found,)))
-        auto._model_mapping.register(config_class, classes if isinstance(found, tuple) else classes[0], exist_ok=True)
-        # Trainer and pipelines look class names up here.
-        names[PREFIX + dense_type] = (
-            CLASS_PREFIX + names[dense_type]
-            if isinstance(names[dense_type], str)
-            else tuple(CLASS_PREFIX + name for name in names[dense_type])
-        )
-
-
-register_models: Callable[[Any], None] = cache(_register_models)
-
-
-def _auto_classes() -> list[Any]:
-    found = (value for _, value in inspect.getmembers(modeling_auto, inspect.isclass))
-    return [value for value in found if getattr(value, "_model_mapping", None) is not None]
-
-
-def __getattr__(name: str) -> Any:
-    """`FastMoE<Model>`, for pickle."""
-    import transformers
-
-    dense = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
-    if dense is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return model_class_for(dense)
+def _remade(made_by: Any, dense: Any, *more: Any) -> Any:
+    return made_by(model_class_for(dense), *more)
