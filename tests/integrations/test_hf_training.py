@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import fastmoe
+from fastmoe.integrations.huggingface.balance import share_of
 
 E, LENGTH = 4, 8
 
@@ -308,6 +309,17 @@ def test_other_heads(name):
     ((loss + losses.total()) * 0.5).backward()
     (model(**batch).loss * 0.5).backward()
     assert_same(grads(model), grads(reference))
+
+
+def test_what_counts_as_this_pass():
+    model = moefied()
+    labels = torch.tensor([[5, -100, 6, 7], [8, 9, -100, -100]])
+    given = {"labels": labels, "num_items_in_batch": torch.tensor(30)}
+    assert share_of(model, given).item() == pytest.approx(3 / 30)
+    assert share_of(model, given | {"shift_labels": labels}).item() == pytest.approx(5 / 30)
+    assert share_of(moefied("t5"), given).item() == pytest.approx(5 / 30)
+    assert share_of(model, {"labels": labels}).item() == 1
+    assert share_of(model, {"input_ids": labels, "num_items_in_batch": 30}).item() == 1
 
 
 def test_the_signature_is_the_dense_ones():

@@ -3,6 +3,7 @@ so, for what they save to be loaded as what it is.
 """
 
 import copy
+import logging
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,6 +15,8 @@ from fastmoe.integrations.huggingface.native import to_native
 from fastmoe.integrations.huggingface.registry import register_models
 from fastmoe.layer import MoE
 
+logger = logging.getLogger("fastmoe")
+
 
 def adopt(model: nn.Module, native: bool = False) -> nn.Module:
     """Every model of transformers in `model` that holds MoE layers becomes one of ours, in place.
@@ -21,14 +24,15 @@ def adopt(model: nn.Module, native: bool = False) -> nn.Module:
     `native`: give transformers' own MoE model besides, a new one.
 
     Raises:
-        ValueError: a model without a configuration class; no native model that fits.
+        ValueError: no native model that fits.
     """
     if native and not isinstance(model, PreTrainedModel):
         raise ValueError(f"to_native= is for a model of transformers itself, got {type(model).__name__}")
     made = to_native(model) if isinstance(model, PreTrainedModel) and native else model
     for owner in _outermost(model):
         if type(owner).config_class is None:
-            raise ValueError(f"{type(owner).__name__} has no config_class, by which it could be loaded again")
+            logger.warning("moefy: %s has no config_class: what it saves cannot be loaded", type(owner).__name__)
+            continue
         if not isinstance(owner, MoEModel):
             _adopt_one(owner, model)
         _describe_in_config(owner)

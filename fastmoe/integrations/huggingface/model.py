@@ -121,8 +121,6 @@ def finish(model: Any) -> None:
 @torch.no_grad()
 def _initialise(layer: MoE, config: PretrainedConfig) -> None:
     """Fresh experts as transformers starts linear layers; a router keeps its own start."""
-    if next(layer.parameters()).is_meta:
-        return
     std = getattr(config, "initializer_range", None) or 0.02
     for part in (layer.experts, layer.shared):
         for name, parameter in () if part is None else part.named_parameters():
@@ -130,8 +128,6 @@ def _initialise(layer: MoE, config: PretrainedConfig) -> None:
                 parameter.zero_()
             else:
                 parameter.normal_(0, std)
-    for module in layer.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _remade(made_by: Any, dense: Any, *more: Any) -> Any:
