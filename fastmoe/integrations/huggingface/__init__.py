@@ -8,8 +8,9 @@ if tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 17)
 from fastmoe.integrations.huggingface import config, expert_parallel, experts
 from fastmoe.integrations.huggingface.adopt import adopt
 from fastmoe.integrations.huggingface.native import to_native
+from fastmoe.integrations.huggingface.registry import register_models
 
-config.register()
+config.register(register_models)
 experts.register()
 expert_parallel.register()
 

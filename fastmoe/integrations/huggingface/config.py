@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 PREFIX = "fastmoe_"
@@ -28,6 +30,7 @@ class MoEConfig:
 
     model_type: str
     fastmoe: dict[str, Any]
+    use: Callable[[type], None]
 
     def to_json_file(self: Any, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write the file; one number in it is none, for a dense class to fail on it.
@@ -57,7 +60,7 @@ def config_class_for(dense: Any) -> Any:
                 kwargs[name] = value
         dense.__init__(self, *args, **kwargs)
         self.fastmoe = fastmoe
-        _register_models(type(self))
+        self.use(type(self))
 
     with lock:
         if dense not in made:
@@ -114,13 +117,35 @@ class ConfigClasses(dict[str, type[PretrainedConfig]]):
         return self[key]
 
 
-def register() -> None:
-    """Make `fastmoe_<type>` known to `AutoConfig` for every model type of transformers."""
+def register(use: Callable[[type], None]) -> None:
+    """Make `fastmoe_<type>` known to `AutoConfig` for every model type of transformers.
+
+    `use` is called with a configuration class when there is one of its configurations.
+    """
+    MoEConfig.use = staticmethod(use)
     if not isinstance(CONFIG_MAPPING._extra_content, ConfigClasses):
         CONFIG_MAPPING._extra_content = ConfigClasses(CONFIG_MAPPING._extra_content)
 
 
-def _register_models(config_class: type[PretrainedConfig]) -> None:
-    from fastmoe.integrations.huggingface.registry import register_models
+def moe_config(dense: PretrainedConfig) -> PretrainedConfig:
+    """A MoE configuration with what a dense one has."""
+    config = copy.copy(dense)
+    config.__class__ = config_class_for(type(dense))
+    for name, value in dict(vars(dense)).items():
+        if not isinstance(value, PretrainedConfig):  # those are replaced one by one
+            vars(config)[name] = copy.deepcopy(value)
+    for name in ("model_type", "auto_map"):  # in a config from a file, of the dense class
+        vars(config).pop(name, None)
+    return config
 
-    register_models(config_class)
+
+def replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
+    """`new` wherever a module, or another configuration, holds `old`."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is old:
+                setattr(module, name, new)
+            elif isinstance(value, PretrainedConfig):
+                for key, inner in vars(value).items():
+                    if inner is old:
+                        setattr(value, key, new)

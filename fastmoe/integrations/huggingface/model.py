@@ -5,11 +5,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fastmoe.integrations.huggingface.balance import Carrying, argument_names, run
-from fastmoe.integrations.huggingface.config import CLASS_PREFIX, config_class_for, lock, made
+from fastmoe.integrations.huggingface.config import (
+    CLASS_PREFIX,
+    MoEConfig,
+    config_class_for,
+    lock,
+    made,
+    moe_config,
+    replace_config,
+)
 from fastmoe.integrations.huggingface.describe import build, describe
 from fastmoe.layer import MoE
 from fastmoe.token_ids import feed_token_ids
@@ -100,24 +109,6 @@ def model_class_for(dense: Any) -> Any:
         return made[dense]
 
 
-def finish(model: Any) -> None:
-    """What a MoE model, and each one inside it, has besides its layers."""
-    from fastmoe.integrations.huggingface.adopt import adopt_inside
-
-    adopt_inside(model)
-    for module in model.modules():
-        if isinstance(module, MoEModel):
-            module._weight_conversions = []  # saved under the names it has
-            module.compiled_multiplier = torch.ones(
-                (), device="cpu"
-            )  # also where the model is built on the meta device
-        checkpointing = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpointing is not None and not isinstance(checkpointing, Carrying):
-            module._gradient_checkpointing_func = Carrying(checkpointing)
-    if any(getattr(layer.router, "needs_token_ids", False) for layer in model.modules() if isinstance(layer, MoE)):
-        feed_token_ids(model, model.get_input_embeddings())
-
-
 @torch.no_grad()
 def _initialise(layer: MoE, config: PretrainedConfig) -> None:
     """Fresh experts as transformers starts linear layers; a router keeps its own start."""
@@ -132,3 +123,46 @@ def _initialise(layer: MoE, config: PretrainedConfig) -> None:
 
 def _remade(made_by: Any, dense: Any, *more: Any) -> Any:
     return made_by(model_class_for(dense), *more)
+
+
+def models_with_layers(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers in `model` that hold MoE layers, outer ones first."""
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return [module for module in models if any(isinstance(part, MoE) for part in module.modules())]
+
+
+def make_moe(model: PreTrainedModel, root: nn.Module) -> None:
+    """Give a model with MoE layers the class and the configuration of one.
+
+    `root` is what `model` is in: configurations in it may hold that of `model`.
+    """
+    if not isinstance(model.config, MoEConfig):
+        replace_config(root, model.config, moe_config(model.config))
+    model.__class__ = model_class_for(type(model))
+    model.config.use(type(model.config))
+
+
+def describe_in_config(model: PreTrainedModel) -> None:
+    """Let its configuration say which its MoE layers are."""
+    try:
+        model.config.fastmoe = {"layers": describe(model)}
+    except ValueError:
+        model.config.fastmoe = {"layers": []}  # said again, with the reason, when it is saved
+
+
+def finish(model: Any) -> None:
+    """What a MoE model, and each one inside it, has besides its layers."""
+    for inner in models_with_layers(model):
+        if inner is not model and not isinstance(inner, MoEModel) and type(inner).config_class is not None:
+            make_moe(inner, model)
+            if inner.config is not model.config:
+                describe_in_config(inner)
+    for module in model.modules():
+        if isinstance(module, MoEModel):
+            module._weight_conversions = []  # saved under the names it has
+            module.compiled_multiplier = torch.ones((), device="cpu")  # models are built on the meta device too
+        checkpointing = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpointing is not None and not isinstance(checkpointing, Carrying):
+            module._gradient_checkpointing_func = Carrying(checkpointing)
+    if any(getattr(layer.router, "needs_token_ids", False) for layer in model.modules() if isinstance(layer, MoE)):
+        feed_token_ids(model, model.get_input_embeddings())
