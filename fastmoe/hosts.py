@@ -80,13 +80,16 @@ def moefy(
     hosts = [importlib.import_module(host.integration) for host in HOSTS if host.made(model)]
     if to_native and not hosts:
         raise ValueError(f"to_native= is for models of transformers, got {type(model).__name__}")
-    before = {module: dict(module._modules) for module in model.modules()} if hosts else {}
+    before = [(part, type(part), dict(vars(part)), dict(part._modules)) for part in model.modules()] if hosts else []
     converted = convert.moefy(model, num_experts, top_k, target=target, init=init, every=every, **moe_options)
     try:
         for host in hosts:
             converted = host.adopt(converted, to_native)
-    except ValueError:
-        for module, children in before.items():
-            module._modules.update(children)
+    except BaseException:
+        for part, cls, attributes, children in before:
+            part.__class__ = cls
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._modules.update(children)
         raise
     return converted

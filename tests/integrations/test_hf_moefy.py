@@ -487,3 +487,43 @@ def test_weights_of_two_dtypes_are_left_alone():
             module.wo.float()
     with pytest.raises(ValueError, match="several dtypes, float16, float32"):
         fastmoe.moefy(model, E)
+
+
+def test_no_dense_class_takes_a_part_of_a_checkpoint(tmp_path):
+    model = fastmoe.moefy(COMPOSITES["clip"][0](), E)
+    model.save_pretrained(tmp_path)
+    for dense in (transformers.CLIPModel, transformers.CLIPVisionModel, transformers.CLIPTextModel):
+        with pytest.raises(Exception, match="load it by an Auto class"):
+            dense.from_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.intermediate_size == 48
+
+
+def test_a_dense_model_with_the_same_config_stays_dense():
+    student = make("llama")
+    both = nn.ModuleDict({"student": student, "teacher": transformers.LlamaForCausalLM(student.config)})
+    config = student.config
+    fastmoe.moefy(both, E, target="student.*.mlp")
+    assert both.student.config.model_type == "fastmoe_llama"
+    assert both.teacher.config is config
+    assert type(both.teacher).__name__ == "LlamaForCausalLM"
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model = make("t5")
+    before = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+
+    def fail(model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fastmoe.integrations.huggingface.adopt"], "finish", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fastmoe.moefy(model, E)
+    after = [(module, type(module), dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    assert after == before
+
+
+def test_a_model_on_the_meta_device():
+    model = fastmoe.moefy(COMPOSITES["clip"][0](), E)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert [p.shape for p in empty.parameters()] == [p.shape for p in model.parameters()]

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -229,6 +230,26 @@ def test_the_multiplier_of_a_model_of_several_models():
     ((loss + losses.total()) * 0.01).backward()
     (model(**batch).loss * 0.01).backward()
     assert_same(grads(model), grads(reference))
+
+
+def test_threads_and_models_in_models_have_passes_of_their_own():
+    model, batch = moefied(), inputs("llama", labels=True)
+    (model(**batch).loss * 3).backward()
+    expected = grads(model)
+    models = [copy.deepcopy(model) for _ in range(4)]
+
+    def train_one(one):
+        one.zero_grad()
+        (one(**batch).loss * 3).backward()
+        return grads(one)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(train_one, models):
+            assert_same(found, expected)
+    inner, found = models[0], []
+    model.model.register_forward_hook(lambda *_: found.append(train_one(inner)))
+    model(**batch)
+    assert_same(found[0], expected)
 
 
 def test_a_second_call_changes_no_multiplier():

@@ -9,6 +9,7 @@ backward it learns its multiplier first, and the layers, which come after, use i
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,15 @@ from fastmoe.layer import MoE
 
 IGNORED = -100  # the label of a token that is in no loss
 
-_running: list["TrainingPass"] = []
+
+class _Running(threading.local):
+    """The passes that a thread is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.passes: list[TrainingPass] = []
+
+
+_running = _Running()
 
 
 class TrainingPass:
@@ -45,13 +54,13 @@ class TrainingPass:
         before = [(layer, layer.aux_loss_scale, layer.token_mask) for layer in self.layers]
         for layer, scale, _ in before:
             layer.token_mask = self.padding
-            if isinstance(scale, float) and scale == 1.0:
+            if isinstance(scale, int | float) and scale == 1:
                 layer.aux_loss_scale = self.multiplier
-        _running.append(self)
+        _running.passes.append(self)
         try:
             yield
         finally:
-            _running.pop()
+            _running.passes.pop()
             for layer, scale, mask in before:
                 layer.aux_loss_scale, layer.token_mask = scale, mask
 
@@ -73,14 +82,14 @@ class Carrying:
     checkpoint: Callable[..., Any]
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if _running and not torch.compiler.is_compiling():
-            function = _running[-1].recomputing(function)
+        if _running.passes and not torch.compiler.is_compiling():
+            function = _running.passes[-1].recomputing(function)
         return self.checkpoint(function, *args, **kwargs)
 
 
 def run(model: Any, names: list[str], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A model's `forward(*args, **kwargs)`, whose arguments have these names; inside another model's it is a part."""
-    if _running or not (model.training and torch.is_grad_enabled()):
+    if not (model.training and torch.is_grad_enabled()) or _is_part(model):
         return forward(*args, **kwargs)
     given = dict(zip(names, args, strict=False)) | kwargs
     share = share_of(model, given).to(next(model.parameters()).device)
@@ -97,6 +106,14 @@ def run(model: Any, names: list[str], forward: Callable[..., Any], args: Any, kw
     elif given.get("labels") is not None and isinstance(output, tuple):
         output = (_watch(output[0], multiplier, share), *output[1:])
     return output
+
+
+def _is_part(model: nn.Module) -> bool:
+    """Whether the pass that is running is of a model that holds this one's layers."""
+    if not _running.passes:
+        return False
+    layers = _running.passes[-1].layers
+    return any(module in layers for module in model.modules() if isinstance(module, MoE))
 
 
 def _watch(loss: Tensor, multiplier: Tensor, share: Tensor) -> Tensor:

@@ -37,11 +37,7 @@ class MoEConfig:
 
         It would load the file, warn, and go on with feed-forward weights drawn anew.
         """
-        content = json.loads(self.to_json_string(use_diff))
-        guarded = guarded_field(dense_config_class(type(self)))
-        value = content[guarded] if guarded in content else getattr(self, guarded)
-        content["fastmoe"] = content["fastmoe"] | {"guarded": {guarded: value}}
-        content[guarded] = GUARD
+        content = guard(self, json.loads(self.to_json_string(use_diff)))
         Path(json_file_path).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -55,9 +51,8 @@ def config_class_for(dense: Any) -> Any:
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         fastmoe = copy.deepcopy(kwargs.pop("fastmoe", None) or {"layers": []})
-        for name, value in fastmoe.pop("guarded", {}).items():
-            if kwargs.get(name) == GUARD:
-                kwargs[name] = value
+        kwargs = unguard(kwargs | {"fastmoe": fastmoe})
+        fastmoe = kwargs.pop("fastmoe")
         dense.__init__(self, *args, **kwargs)
         self.fastmoe = fastmoe
         self.use(type(self))
@@ -74,21 +69,42 @@ def config_class_for(dense: Any) -> Any:
         return made[dense]
 
 
+def guard(config: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds of a MoE configuration: of it, and of each one inside it, one number is a text."""
+    inside = {key: value for key, value in vars(config).items() if isinstance(value, MoEConfig)}
+    content |= {key: guard(value, content[key]) for key, value in inside.items() if isinstance(content.get(key), dict)}
+    name = guarded_field(dense_config_class(type(config)))
+    if name is None:
+        return content
+    value = content[name] if name in content else getattr(config, name)
+    return content | {name: GUARD, "fastmoe": config.fastmoe | {"guarded": {name: value}}}
+
+
+def unguard(content: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `guard`, of what is guarded."""
+    content = {key: unguard(value) if isinstance(value, dict) else value for key, value in content.items()}
+    fastmoe = content.get("fastmoe")
+    if isinstance(fastmoe, dict):
+        for name, value in fastmoe.pop("guarded", {}).items():
+            if content.get(name) == GUARD:
+                content[name] = value
+    return content
+
+
 @cache
-def guarded_field(dense: Any) -> str:
+def guarded_field(dense: Any) -> str | None:
     """A field of a dense configuration class, of its own, that takes no text: the width of its blocks if it can be.
 
-    Raises:
-        ValueError: it has none.
+    None for a class that holds other configurations alone, which are guarded themselves.
     """
-    common = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    common = {field.name for field in dataclasses.fields(PretrainedConfig)} | set(dense.sub_configs)
     own = [field.name for field in dataclasses.fields(dense) if field.name not in common]
     for name in sorted(own, key=lambda name: name not in WIDTHS):
         try:
             dense(**{name: GUARD})
         except Exception:
             return name
-    raise ValueError(f"{dense.__name__} takes anything for its fields: a dense model would load MoE weights unnoticed")
+    return None
 
 
 def dense_config_class(config_class: Any) -> Any:
@@ -139,13 +155,16 @@ def moe_config(dense: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
-    """`new` wherever a module, or another configuration, holds `old`."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if value is old:
+def replace_config(root: nn.Module, model: nn.Module, new: PretrainedConfig) -> None:
+    """`new` for the configuration of `model`, wherever it, or a configuration of what it is in, holds that."""
+    old: Any = model.config
+    parts = set(model.modules())
+    for module in root.modules():
+        around = model in set(module.modules())
+        for name, value in list(vars(module).items()):
+            if value is old and (module in parts or around):
                 setattr(module, name, new)
-            elif isinstance(value, PretrainedConfig):
-                for key, inner in vars(value).items():
+            elif isinstance(value, PretrainedConfig) and around:
+                for key, inner in list(vars(value).items()):
                     if inner is old:
                         setattr(value, key, new)

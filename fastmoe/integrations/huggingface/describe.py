@@ -107,7 +107,7 @@ def _name_in_transformers(activation: Any) -> str | None:
     """The name of a function or module in transformers' `ACT2FN` that gives the same on [-8, 8], None without one."""
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None
-    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         y = activation(x)
         for known in ("relu2", *ACT2FN):

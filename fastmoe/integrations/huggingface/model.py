@@ -137,7 +137,7 @@ def make_moe(model: PreTrainedModel, root: nn.Module) -> None:
     `root` is what `model` is in: configurations in it may hold that of `model`.
     """
     if not isinstance(model.config, MoEConfig):
-        replace_config(root, model.config, moe_config(model.config))
+        replace_config(root, model, moe_config(model.config))
     model.__class__ = model_class_for(type(model))
     model.config.use(type(model.config))
 

@@ -12,6 +12,8 @@ from fastmoe.integrations.huggingface.model import model_class_for
 AUTO = "transformers.models.auto"
 OTHERS = ("tokenization", "image_processing", "feature_extraction", "processing", "video_processing")
 
+NOT_HERE = (ImportError, ValueError, AttributeError)  # of an entry whose class, or a library that it needs, is missing
+
 _registered: set[type] = set()
 
 
@@ -22,7 +24,6 @@ def register_models(config_class: Any) -> None:
     with lock:
         if config_class in _registered:
             return
-        _registered.add(config_class)
         dense = dense_config_class(config_class)
         for mapping in _mappings("modeling"):
             _add_models(mapping, dense, config_class)
@@ -31,13 +32,15 @@ def register_models(config_class: Any) -> None:
         for kind in OTHERS:
             for mapping in _mappings(kind):
                 _add_same(mapping, dense, config_class)
+        _registered.add(config_class)
 
 
 def _add_models(mapping: Any, dense: Any, config_class: Any) -> None:
     names = mapping._model_mapping
-    if dense not in mapping:
+    try:
+        found = mapping[dense]
+    except (KeyError, *NOT_HERE):
         return
-    found = mapping[dense]
     classes = tuple(model_class_for(one) for one in (found if isinstance(found, tuple) else (found,)))
     mapping.register(config_class, classes if isinstance(found, tuple) else classes[0], exist_ok=True)
     if dense.model_type in names:  # Trainer and pipelines look class names up here
@@ -49,7 +52,7 @@ def _add_models(mapping: Any, dense: Any, config_class: Any) -> None:
 def _add_same(mapping: Any, dense: Any, config_class: Any) -> None:
     try:
         found = mapping[dense]
-    except (KeyError, ImportError):  # none, or one that needs a library which is not here
+    except (KeyError, *NOT_HERE):
         return
     mapping.register(config_class, found, exist_ok=True)
 
