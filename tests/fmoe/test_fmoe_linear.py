@@ -31,7 +31,7 @@ def test_rows_take_the_dtype_of_the_weights():
 
 def test_initial_weights_are_those_of_a_linear_layer():
     weight = fmoe.FMoELinear(4, 64, 256).weight
-    assert 0.99 / 8 < float(weight.abs().max()) <= 1 / 8
+    assert 0.99 / 8 < weight.abs().max().item() <= 1 / 8
     assert not fmoe.FMoELinear(4, 64, 256).bias.any()
 
 
