@@ -68,9 +68,10 @@ class FMoE(nn.Module):
         self.world_size, self.top_k = check_int("world_size", world_size, 1), check_int("top_k", top_k, 1)
         if mp_group is not None and slice_group is not None:
             raise ValueError("mp_group is the former name of slice_group: give one of them")
-        self.slice_group, self.moe_group = slice_group or mp_group, moe_group
-        self.slice_size = self.slice_group.size() if self.slice_group else 1
-        self.slice_rank = self.slice_group.rank() if self.slice_group else 0
+        self.slice_group = mp_group if slice_group is None else slice_group
+        self.moe_group = moe_group
+        self.slice_size = 1 if self.slice_group is None else self.slice_group.size()
+        self.slice_rank = 0 if self.slice_group is None else self.slice_group.rank()
         self.experts_fused = expert is None
         if expert is not None:
             makers = list(expert) if isinstance(expert, Sequence) else [expert] * num_expert

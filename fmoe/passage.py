@@ -47,7 +47,14 @@ class Passage:
         return rows_RD.index_select(0, self._by_expert().to(rows_RD.device)), ticket
 
     def back(self, rows_RO: Tensor, after: Tensor | None = None) -> Tensor:
-        """The answers to the rows sent, sorted by expert, for those of the rows that came."""
+        """The answers to the rows sent, sorted by expert, for those of the rows that came.
+
+        Raises:
+            ValueError: more or fewer answers than rows came.
+        """
+        came = int(self.came_Pe.sum())
+        if len(rows_RO) != came:
+            raise ValueError(f"the experts were given {came} rows and must answer as many, got {tuple(rows_RO.shape)}")
         if self.processes.size == 1:
             return rows_RO
         rows_RO = rows_RO.index_select(0, self._by_expert().argsort().to(rows_RO.device))

@@ -165,6 +165,47 @@ def test_masked_rows_get_what_the_dictionary_says():
         layer(x)
 
 
+class Doubling(fmoe.FMoETransformerMLP):
+    """An `expert_fn` of one's own, around that of the layer."""
+
+    def expert_fn(self, inp, fwd_expert_count):
+        assert len(inp) == int(fwd_expert_count.sum())
+        return 2 * super().expert_fn(inp, fwd_expert_count)
+
+
+def test_expert_fn_of_ones_own():
+    layer, doubling = fmoe.FMoETransformerMLP(3, 4, 8), Doubling(3, 4, 8)
+    doubling.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(doubling(x), 2 * layer(x))
+
+
+def test_answers_that_do_not_fit():
+    layer = fmoe.FMoE(3, 4, expert=lambda _: Halving())
+    with pytest.raises(ValueError, match="given 10 rows and must answer as many"):
+        layer(torch.randn(5, 4))
+
+
+class Halving(torch.nn.Module):
+    def forward(self, inp, fwd_expert_count):
+        return inp[: len(inp) // 2]
+
+
+def test_autocast():
+    layer, x = fmoe.FMoETransformerMLP(3, 8, 16), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+    out.sum().backward()
+
+
+def test_mask_of_another_length():
+    layer = fmoe.FMoETransformerMLP(3, 4, 8, mask=torch.zeros(4), mask_dict={})
+    with pytest.raises(ValueError, match="a number for each of 5 rows, got 4"):
+        layer(torch.randn(5, 4))
+
+
 def test_no_token():
     layer = fmoe.FMoETransformerMLP(3, 4, 8)
     layer(torch.randn(0, 4)).sum().backward()
