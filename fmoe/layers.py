@@ -1,6 +1,7 @@
 """`FMoE`: FastMoE's general layer."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class FMoE(nn.Module):
         moe_group: the workers; None means all processes.
         top_k: K.
         gate: a gate class, or a callable, `(d_model, num_expert, world_size, top_k) -> gate`; `NaiveGate` and its
-            subclasses are given `gate_bias=` too.
+            subclasses are given `gate_bias=` too, if they take it.
         expert: a class or callable `(d_model) -> module`, called once for each expert of this worker; or a list of
             them; or None: a subclass sets `self.experts`, one module for all of them.
         gate_hook: called as `gate_hook(top_k_idx, top_k_val, None)` in each pass.
@@ -77,8 +78,7 @@ class FMoE(nn.Module):
             makers = list(expert) if isinstance(expert, Sequence) else [expert] * num_expert
             self.experts: nn.Module = nn.ModuleList(make(d_model) for make in makers)
             self.num_expert = check_int("the number of experts in the list", len(makers), 1)
-        bias = {"gate_bias": gate_bias} if _is_naive(gate) else {}
-        self.gate = gate(d_model, self.num_expert, world_size, top_k, **bias)
+        self.gate = gate(d_model, self.num_expert, world_size, top_k, **_bias_option(gate, gate_bias))
         if isinstance(self.gate, BaseGate):
             self.gate.moe_group = moe_group
         self.gate_hook, self.mask, self.mask_dict = gate_hook, mask, mask_dict
@@ -173,10 +173,19 @@ class FMoE(nn.Module):
         return AllGather.apply(part, self.slice_rank, self.slice_size, self.slice_group)
 
 
-def _is_naive(gate: object) -> bool:
-    while isinstance(gate, functools.partial):
-        gate = gate.func
-    return isinstance(gate, type) and issubclass(gate, NaiveGate)
+def _bias_option(gate: Callable[..., nn.Module], gate_bias: bool) -> dict[str, bool]:
+    """`gate_bias` for a `NaiveGate` or a subclass; those written for FastMoE 1.1.0 do not take it."""
+    made: object = gate
+    while isinstance(made, functools.partial):
+        made = made.func
+    if not (isinstance(made, type) and issubclass(made, NaiveGate)):
+        return {}
+    parameters = inspect.signature(gate).parameters
+    if "gate_bias" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return {"gate_bias": gate_bias}
+    if not gate_bias:
+        raise ValueError(f"gate_bias=False was given, but {made.__name__} takes no gate_bias")
+    return {}
 
 
 def _batch_size(structure: Any, what: str) -> int:

@@ -165,6 +165,19 @@ def test_masked_rows_get_what_the_dictionary_says():
         layer(x)
 
 
+class OlderGate(NaiveGate):
+    """Written before there was a `gate_bias`."""
+
+    def __init__(self, d_model, num_expert, world_size, top_k=2):
+        super().__init__(d_model, num_expert, world_size, top_k)
+
+
+def test_a_gate_without_gate_bias():
+    assert fmoe.FMoETransformerMLP(3, 4, 8, gate=OlderGate).gate.gate.bias is not None
+    with pytest.raises(ValueError, match="OlderGate takes no gate_bias"):
+        fmoe.FMoETransformerMLP(3, 4, 8, gate=OlderGate, gate_bias=False)
+
+
 class Doubling(fmoe.FMoETransformerMLP):
     """An `expert_fn` of one's own, around that of the layer."""
 
