@@ -9,6 +9,7 @@ from helpers import assert_same
 
 import fmoe
 from fmoe import gates
+from fmoe.gates.swipe_gate import share_out
 
 T, D, E = 11, 5, 4
 X = torch.randn(T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -145,6 +146,28 @@ def test_swipe_on_one_process_is_naive(top_k, train):
     for got, expected in zip(swipe(X), naive(X), strict=True):
         assert got.equal(expected)
     assert not swipe.has_loss
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_swipe_shares_room_one_row_at_a_time(seed):
+    generator = torch.Generator().manual_seed(seed)
+    asked = torch.randint(0, 5, (4, 4), generator=generator)
+    room = torch.bincount(torch.randint(0, 4, (int(asked.sum()) + seed % 3,), generator=generator), minlength=4)
+    served, moved, left = torch.zeros_like(asked), torch.zeros_like(asked), room.tolist()
+    for source in range(4):
+        for worker in range(4):
+            for _ in range(int(asked[source, worker])):
+                if left[worker] > 0:
+                    served[source, worker] += 1
+                    left[worker] -= 1
+    for source in range(4):
+        for _ in range(int((asked - served)[source].sum())):
+            worker = next(worker for worker in range(4) if left[worker] > 0)
+            moved[source, worker] += 1
+            left[worker] -= 1
+    got = share_out(asked, room)
+    for one, expected in zip(got, (served, moved, torch.tensor(left)), strict=True):
+        assert one.equal(expected)
 
 
 @pytest.mark.parametrize(
