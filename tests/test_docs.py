@@ -22,6 +22,7 @@ BLOCKS = [
         ROOT / "docs" / "benchmarks.md",
         ROOT / "docs" / "concepts.md",
         ROOT / "docs" / "huggingface.md",
+        ROOT / "docs" / "migrating-from-fastmoe.md",
         ROOT / "docs" / "monitor.md",
         ROOT / "docs" / "routers.md",
     )

@@ -1,4 +1,4 @@
-"""Imports point one way, and `import fastmoe` brings in PyTorch alone."""
+"""Imports point one way, and `import fastmoe` brings in PyTorch alone; `fmoe` stands on top of it."""
 
 import ast
 import subprocess
@@ -102,6 +102,20 @@ def test_import_brings_in_torch_alone():
     assert "fastmoe.layer" in ours
     assert not {"fastmoe.train", "fastmoe.cli", "fastmoe.models", "fastmoe.bench", "fastmoe.tune"} & ours
     assert len(added - ours) < 30, sorted(added - ours)
+
+
+def test_import_of_fmoe_brings_in_fastmoe_alone():
+    added = modules_after("import torch; import fmoe, fmoe.gates, fmoe.functions") - modules_after("import torch")
+    assert not {name for name in added if name.split(".")[0] in EXTRAS}
+    others = {name for name in added if name.split(".")[0] not in ("fastmoe", "fmoe")}
+    assert len(others) < 30, sorted(others)
+
+
+def test_fastmoe_does_not_import_fmoe():
+    for path in PACKAGE.rglob("*.py"):
+        package = ["fastmoe", *path.relative_to(PACKAGE).parts[:-1]]
+        names = imported_modules(path.read_text(encoding="utf-8"), package)
+        assert not [name for name in names if name.split(".")[0] == "fmoe"], path
 
 
 def test_everything_public_is_there():
