@@ -165,11 +165,11 @@ class MoE(nn.Module):
         """
         self._check(x, token_mask)
         ids = self._token_ids_of(x, token_ids) if getattr(self.router, "needs_token_ids", False) else None
+        further = (token_mask, ids, self._counted(x, token_mask))
         if self.slices is None:
-            return self._forward(x, token_mask, ids, self._counted(x, token_mask))
+            return self._forward(x, *further)
         whole = x.unsqueeze(0) if x.dim() == 1 else x
         shape = whole.shape[:-1]
-        further = (token_mask, ids, self._counted(x, token_mask))
         taken = [None if t is None else self.slices.take(t.view(shape)) for t in further]
         y = self.slices.gather(self._forward(self.slices.take(whole), *taken), len(whole))
         return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -61,3 +61,12 @@ def force_layout(monkeypatch):
         return calls
 
     return force
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors that are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -31,6 +31,8 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+CLIP_TEXT = {**COMMON, "projection_dim": 16, "hidden_act": "quick_gelu"}
+CLIP_VISION = {**CLIP_TEXT, "image_size": 8, "patch_size": 4}
 BART = {
     "d_model": 32,
     "encoder_ffn_dim": 48,
@@ -119,3 +121,11 @@ def inputs(model_type: str, labels: bool = False, batch: int = 2) -> dict[str, t
     if labels:
         given["labels"] = given.get("decoder_input_ids", ids)
     return given
+
+
+def llava() -> PreTrainedModel:
+    """A text model and a vision model in one, tiny; its batches are those of LLaMA."""
+    text = make("llama", vocab_size=128).config.to_dict()
+    vision = CLIP_VISION | {"model_type": "clip_vision_model"}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=100)
+    return transformers.LlavaForConditionalGeneration(config)

@@ -12,7 +12,11 @@ from transformers import AutoModelForCausalLM, DistributedConfig
 import fastmoe.integrations.huggingface.expert_parallel as ours
 from fastmoe.integrations.huggingface import experts
 
-pytestmark = [needs_gloo, pytest.mark.skipif(ours.theirs is None, reason="a transformers without it")]
+pytestmark = [
+    needs_gloo,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(ours.theirs is None, reason="a transformers without it"),
+]
 
 DISTRIBUTED = {
     "fsdp": {"fsdp_size": 2},
@@ -111,14 +115,6 @@ FOUR = [
     ("GptOss", "tp and fsdp", "fastmoe", [(2, 3), (1, 5)]),
     ("Mixtral", "tp and fsdp, experts twice", "fastmoe", [(1, 1), (2, 2)]),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -26,34 +26,12 @@ SMALL = MixtralConfig(
 # Releases of transformers before the newest have no such Aria and MuseSpark.
 LAYOUTS = ["Mixtral", "NemotronH relu", "NemotronH", "GptOss", *(n for n in ("Aria", "MuseSpark") if n in FAMILIES)]
 PROMPT = torch.arange(3, 17).reshape(2, 7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("calls", "one_thread")
 
 
 @pytest.fixture(autouse=True)
 def _compiled_anew():
     torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
-def calls():
-    """The experts modules that ours was called for, one for each call."""
-    seen = []
-
-    def counted(self, *args):
-        if not torch.compiler.is_compiling():
-            seen.append(self)
-        return ours.experts_forward(self, *args)
-
-    ExpertsInterface.register("fastmoe", counted)
-    yield seen
-    ours.register()
 
 
 def layout(name, implementation="fastmoe"):

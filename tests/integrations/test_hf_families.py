@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import assert_measured, assert_same
 from tiny_families import build_experts, build_model, families, outputs
-from transformers.integrations.moe import ExpertsInterface
 
 from fastmoe.integrations.huggingface import experts as ours
 
@@ -22,29 +21,7 @@ UNFUSED = {
 }  # fmt: skip
 IN_FLOAT32 = {"Beam", "Inkling2", "Inkling2Loop", "MuseSpark", "OpenAIPrivacyFilter"}
 """Those whose eager experts compute in float32, some step at least, whatever their dtype."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These tensors are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def calls():
-    """The experts modules that ours was called for, one for each call."""
-    seen = []
-
-    def counted(self, *args):
-        seen.append(self)
-        return ours.experts_forward(self, *args)
-
-    ExpertsInterface.register("fastmoe", counted)
-    yield seen
-    ours.register()
+pytestmark = pytest.mark.usefixtures("calls", "one_thread")
 
 
 def routed(case, num_experts, num_tokens=13, top_k=2):

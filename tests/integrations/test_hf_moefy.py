@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from dense_models import COMMON, DENSE, MORE, VOCAB, inputs, make
+from dense_models import CLIP_TEXT, CLIP_VISION, COMMON, DENSE, MORE, VOCAB, inputs, llava, make
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -324,8 +324,6 @@ def test_parts_that_are_absorbed():
     assert isinstance(block.output.dense, Absorbed)
 
 
-CLIP_TEXT = {**COMMON, "projection_dim": 16, "hidden_act": "quick_gelu"}
-CLIP_VISION = {**CLIP_TEXT, "image_size": 8, "patch_size": 4}
 COMPOSITES = {
     "clip": (
         lambda: transformers.CLIPModel(
@@ -333,19 +331,12 @@ COMPOSITES = {
         ),
         lambda: {"input_ids": torch.randint(3, 90, (2, 7)), "pixel_values": torch.randn(2, 3, 8, 8)},
     ),
-    "llava": (lambda: llava(), lambda: {"input_ids": torch.randint(5, 90, (2, 7))}),
+    "llava": (llava, lambda: {"input_ids": torch.randint(5, 90, (2, 7))}),
     "encoder_decoder": (
         lambda: transformers.EncoderDecoderModel(encoder=make("bert", "AutoModel"), decoder=decoder()),
         lambda: {"input_ids": torch.randint(5, 90, (2, 7)), "decoder_input_ids": torch.randint(5, 90, (2, 4))},
     ),
 }
-
-
-def llava():
-    text = make("llama", vocab_size=128).config.to_dict()
-    vision = CLIP_VISION | {"model_type": "clip_vision_model"}
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=100)
-    return transformers.LlavaForConditionalGeneration(config)
 
 
 def decoder():

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import transformers
-from dense_models import VOCAB, inputs, make
+from dense_models import VOCAB, inputs, llava, make
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -92,6 +91,15 @@ def by_hand(model, rows, main_loss, share):
             output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         (main_loss(output, batch) + losses.total() * share(batch)).backward()
     return grads(model)
+
+
+def with_added_losses(model, batch, factor=1.0):
+    """A copy's loss, and its gradients where the balance losses were added to that, times a factor."""
+    model = copy.deepcopy(model)
+    with fastmoe.collect_aux_losses(model) as losses:
+        loss = model(**batch).loss
+    ((loss + losses.total()) * factor).backward()
+    return loss, grads(model)
 
 
 def assert_same(found, expected):
@@ -218,18 +226,11 @@ def test_a_model_inside_is_a_model_by_itself_too():
 
 
 def test_the_multiplier_of_a_model_of_several_models():
-    text = make("llama", vocab_size=128).config.to_dict()
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model", "projection_dim": 32}
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=100)
-    model = fastmoe.moefy(transformers.LlavaForConditionalGeneration(config), E, target="*language_model*mlp").train()
+    model = fastmoe.moefy(llava(), E, target="*language_model*mlp").train()
     batch = inputs("llama", labels=True)
-    reference = copy.deepcopy(model)
-    with fastmoe.collect_aux_losses(reference) as losses:
-        loss = reference(**batch).loss
-    ((loss + losses.total()) * 0.01).backward()
+    _, expected = with_added_losses(model, batch, 0.01)
     (model(**batch).loss * 0.01).backward()
-    assert_same(grads(model), grads(reference))
+    assert_same(grads(model), expected)
 
 
 def test_threads_and_models_in_models_have_passes_of_their_own():
@@ -254,12 +255,9 @@ def test_threads_and_models_in_models_have_passes_of_their_own():
 
 def test_a_second_call_changes_no_multiplier():
     model, batch = fastmoe.moefy(moefied("t5"), E), inputs("t5", labels=True)
-    reference = copy.deepcopy(model)
-    with fastmoe.collect_aux_losses(reference) as losses:
-        loss = reference(**batch).loss
-    ((loss + losses.total()) * 0.01).backward()
+    _, expected = with_added_losses(model, batch, 0.01)
     (model(**batch).loss * 0.01).backward()
-    assert_same(grads(model), grads(reference))
+    assert_same(grads(model), expected)
     fastmoe.set_aux_loss_scale(model, 0.5)
     fastmoe.moefy(model, E)
     assert {layer.aux_loss_scale for layer in fastmoe.moe_layers(model).values()} == {0.5}
@@ -269,15 +267,12 @@ def test_a_second_call_changes_no_multiplier():
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_the_multiplier_is_that_of_the_main_loss(factor, as_tuple):
     model, batch = moefied("gpt2"), inputs("gpt2", labels=True)
-    reference = copy.deepcopy(model)
-    with fastmoe.collect_aux_losses(reference) as losses:
-        loss = reference(**batch).loss
-    ((loss + losses.total()) * factor).backward()
+    loss, expected = with_added_losses(model, batch, factor)
     output = model(**batch, return_dict=not as_tuple)
     value = output[0] if as_tuple else output.loss
     torch.testing.assert_close(value, loss)
     (value * factor).backward()
-    assert_same({n: g / factor for n, g in grads(model).items()}, {n: g / factor for n, g in grads(reference).items()})
+    assert_same({n: g / factor for n, g in grads(model).items()}, {n: g / factor for n, g in expected.items()})
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bert"])
@@ -286,13 +281,10 @@ def test_padding_is_in_no_balance_loss(name):
     mask = torch.ones_like(batch["input_ids"])
     mask[0, 5:] = 0
     batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
-    reference = copy.deepcopy(model)
-    with fastmoe.collect_aux_losses(reference) as losses:
-        loss = reference(**batch, attention_mask=mask).loss
-    (loss + losses.total()).backward()
+    _, expected = with_added_losses(model, {**batch, "attention_mask": mask})
     other = {**batch, "input_ids": torch.where(mask == 0, 3, batch["input_ids"])}
     model(**other, attention_mask=mask).loss.backward()
-    found, expected = ({n: g for n, g in grads(m).items() if "embed" not in n} for m in (model, reference))
+    found, expected = ({n: g for n, g in of.items() if "embed" not in n} for of in (grads(model), expected))
     assert_same(found, expected)
     model.eval()
     with torch.no_grad():
@@ -324,12 +316,9 @@ def test_the_multiplier_is_forgotten_with_the_pass():
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
 def test_other_heads(name):
     model, batch = moefied(name), inputs(name, labels=True)
-    reference = copy.deepcopy(model)
-    with fastmoe.collect_aux_losses(reference) as losses:
-        loss = reference(**batch).loss
-    ((loss + losses.total()) * 0.5).backward()
+    _, expected = with_added_losses(model, batch, 0.5)
     (model(**batch).loss * 0.5).backward()
-    assert_same(grads(model), grads(reference))
+    assert_same(grads(model), expected)
 
 
 def test_what_counts_as_this_pass():

@@ -2,17 +2,12 @@
 
 import layout_cases
 import pytest
-import torch
 from processes import run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As each of the processes has; these tensors are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """As each of the processes has."""
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from fastmoe._multiplier import write_multiplier
-from fastmoe.layer import MoE
+from fastmoe.model import moe_layers
 
 IGNORED = -100  # the label of a token that is in no loss
 
@@ -45,7 +45,7 @@ class TrainingPass:
     """
 
     def __init__(self, model: nn.Module, multiplier: Tensor, padding: Tensor | None) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self.layers = list(moe_layers(model).values())
         self.multiplier, self.padding = multiplier, padding
 
     @contextmanager
@@ -113,7 +113,7 @@ def _is_part(model: nn.Module) -> bool:
     if not _running.passes:
         return False
     layers = _running.passes[-1].layers
-    return any(module in layers for module in model.modules() if isinstance(module, MoE))
+    return any(layer in layers for layer in moe_layers(model).values())
 
 
 def _watch(loss: Tensor, multiplier: Tensor, share: Tensor) -> Tensor:

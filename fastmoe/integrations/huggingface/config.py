@@ -50,11 +50,10 @@ def config_class_for(dense: Any) -> Any:
     """The configuration class of MoE models that were made from models with a `dense` one."""
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
-        fastmoe = copy.deepcopy(kwargs.pop("fastmoe", None) or {"layers": []})
-        kwargs = unguard(kwargs | {"fastmoe": fastmoe})
-        fastmoe = kwargs.pop("fastmoe")
+        kwargs = unguard(kwargs)
+        fastmoe = kwargs.pop("fastmoe", None) or {"layers": []}
         dense.__init__(self, *args, **kwargs)
-        self.fastmoe = fastmoe
+        self.fastmoe = copy.deepcopy(fastmoe)
         self.use(type(self))
 
     with lock:

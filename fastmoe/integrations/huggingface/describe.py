@@ -12,9 +12,11 @@ from fastmoe.convert import Absorbed, DropoutMoE, absorbed_beside
 from fastmoe.experts import MLPExperts
 from fastmoe.kernels import ACTIVATIONS
 from fastmoe.layer import MoE
+from fastmoe.model import moe_layers
 from fastmoe.routers import ROUTERS, Router, option_names
 
-PLAIN = ("d_model", "num_experts", "top_k", "d_hidden", "bias", "dropout", "shared_d_hidden", "backend")
+SIZES = ("d_model", "num_experts", "top_k", "d_hidden", "bias", "dropout", "shared_d_hidden", "backend")
+OPTIONS = (*SIZES, "router", "router_options")
 
 
 def describe(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -27,15 +29,14 @@ def describe(model: PreTrainedModel) -> list[dict[str, Any]]:
     """
     groups: dict[str, dict[str, Any]] = {}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    for name, layer in model.named_modules():
-        if isinstance(layer, MoE):
-            parent, _, child = name.rpartition(".")
-            entry = _describe(name, layer) | {
-                "absorbed": list(absorbed_beside(model.get_submodule(parent), child)),
-                "of_base": name.startswith(prefix),
-            }
-            group = groups.setdefault(json.dumps(entry, sort_keys=True), entry | {"names": []})
-            group["names"].append(name.removeprefix(prefix))
+    for name, layer in moe_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        entry = _describe(name, layer) | {
+            "absorbed": list(absorbed_beside(model.get_submodule(parent), child)),
+            "of_base": name.startswith(prefix),
+        }
+        group = groups.setdefault(json.dumps(entry, sort_keys=True), entry | {"names": []})
+        group["names"].append(name.removeprefix(prefix))
     return list(groups.values())
 
 
@@ -55,7 +56,7 @@ def build(model: PreTrainedModel, groups: list[dict[str, Any]]) -> list[MoE]:
                 root.set_submodule(name, built[-1])
                 for other in group["absorbed"]:
                     root.set_submodule(f"{name.rpartition('.')[0]}.{other}", Absorbed())
-    if not any(isinstance(module, MoE) for module in model.modules()):
+    if not moe_layers(model):
         raise ValueError(f"{type(model).__name__} has none of the MoE layers that its config describes")
     return built
 
@@ -119,12 +120,8 @@ def _name_in_transformers(activation: Any) -> str | None:
 
 def _make(entry: dict[str, Any]) -> MoE:
     activation = entry["activation"]
-    options = {key: entry[key] for key in PLAIN} | {
-        "router": entry["router"],
-        "router_options": entry["router_options"],
-    }
+    options = {key: entry[key] for key in OPTIONS}
     options["activation"] = activation if activation in ACTIVATIONS else ACT2FN[activation]
-    d_model, num_experts, top_k = (options.pop(key) for key in ("d_model", "num_experts", "top_k"))
     if entry["output_dropout"] is None:
-        return MoE(d_model, num_experts, top_k, **options)
-    return DropoutMoE(d_model, num_experts, top_k, output_dropout=nn.Dropout(entry["output_dropout"]), **options)
+        return MoE(**options)
+    return DropoutMoE(**options, output_dropout=nn.Dropout(entry["output_dropout"]))

@@ -21,6 +21,7 @@ from fastmoe.integrations.huggingface.config import (
 )
 from fastmoe.integrations.huggingface.describe import build, describe
 from fastmoe.layer import MoE
+from fastmoe.model import moe_layers
 from fastmoe.token_ids import feed_token_ids
 
 
@@ -48,8 +49,7 @@ class MoEModel:
         Raises:
             ValueError: a layer that the configuration cannot describe; experts that are spread over processes.
         """
-        layers = [module for module in self.modules() if isinstance(module, MoE)]
-        spread = max((layer.experts.spread_over for layer in layers), default=1)
+        spread = max((layer.experts.spread_over for layer in moe_layers(self).values()), default=1)
         if spread > 1:
             raise ValueError(
                 f"experts are spread over {spread} processes: use fastmoe.save, and `fastmoe consolidate` for one file"
@@ -74,7 +74,7 @@ class MoEModel:
             ValueError: weights of a MoE layer that are not in the checkpoint, or have another shape there.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoE))
+        inside = tuple(f"{name}." for name in moe_layers(model))
         other_shapes = [name for name, *_ in info["mismatched_keys"]]
         missing = sorted(name for name in (*info["missing_keys"], *other_shapes) if name.startswith(inside))
         if missing:
@@ -89,12 +89,6 @@ class MoEModel:
 
 def model_class_for(dense: Any) -> Any:
     """The class of MoE models that were made from `dense` ones."""
-    names = argument_names(dense.forward)
-
-    @functools.wraps(dense.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(self, names, functools.partial(dense.forward, self), args, kwargs)
-
     with lock:
         if dense not in made:
             body = {
@@ -103,10 +97,20 @@ def model_class_for(dense: Any) -> Any:
                 "_auto_class": None,
                 "config_class": config_class_for(dense.config_class),
                 "dense_class": dense,
-                "forward": forward,
+                "forward": _forward_for(dense.forward),
             }
             made[dense] = type(CLASS_PREFIX + dense.__name__, (MoEModel, dense), body)
         return made[dense]
+
+
+def _forward_for(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = argument_names(dense_forward)
+
+    @functools.wraps(dense_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(self, names, functools.partial(dense_forward, self), args, kwargs)
+
+    return forward
 
 
 @torch.no_grad()
@@ -128,7 +132,7 @@ def _remade(made_by: Any, dense: Any, *more: Any) -> Any:
 def models_with_layers(model: nn.Module) -> list[PreTrainedModel]:
     """The models of transformers in `model` that hold MoE layers, outer ones first."""
     models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return [module for module in models if any(isinstance(part, MoE) for part in module.modules())]
+    return [module for module in models if moe_layers(module)]
 
 
 def make_moe(model: PreTrainedModel, root: nn.Module) -> None:
@@ -164,5 +168,5 @@ def finish(model: Any) -> None:
         checkpointing = getattr(module, "_gradient_checkpointing_func", None)
         if checkpointing is not None and not isinstance(checkpointing, Carrying):
             module._gradient_checkpointing_func = Carrying(checkpointing)
-    if any(getattr(layer.router, "needs_token_ids", False) for layer in model.modules() if isinstance(layer, MoE)):
+    if any(getattr(layer.router, "needs_token_ids", False) for layer in moe_layers(model).values()):
         feed_token_ids(model, model.get_input_embeddings())

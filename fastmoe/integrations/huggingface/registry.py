@@ -36,10 +36,8 @@ def register_models(config_class: Any) -> None:
 
 
 def _add_models(mapping: Any, dense: Any, config_class: Any) -> None:
-    names = mapping._model_mapping
-    try:
-        found = mapping[dense]
-    except (KeyError, *NOT_HERE):
+    names, found = mapping._model_mapping, _entry(mapping, dense)
+    if found is None:
         return
     classes = tuple(model_class_for(one) for one in (found if isinstance(found, tuple) else (found,)))
     mapping.register(config_class, classes if isinstance(found, tuple) else classes[0], exist_ok=True)
@@ -50,11 +48,17 @@ def _add_models(mapping: Any, dense: Any, config_class: Any) -> None:
 
 
 def _add_same(mapping: Any, dense: Any, config_class: Any) -> None:
+    found = _entry(mapping, dense)
+    if found is not None:
+        mapping.register(config_class, found, exist_ok=True)
+
+
+def _entry(mapping: Any, dense: Any) -> Any:
+    """What a mapping has for a dense configuration class; None without one."""
     try:
-        found = mapping[dense]
+        return mapping[dense]
     except (KeyError, *NOT_HERE):
-        return
-    mapping.register(config_class, found, exist_ok=True)
+        return None
 
 
 def _mappings(kind: str) -> list[Any]:
