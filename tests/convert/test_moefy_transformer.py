@@ -65,7 +65,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
         {"bias": False},
         {"activation": nn.Tanh()},
     ],
-    ids=str,
+    ids=["defaults", "norm_first", "gelu", "silu", "no bias", "tanh"],
 )
 def test_encoder_keeps_its_outputs(options: dict[str, object], training: bool, top_k: int) -> None:
     model = encoder(**options).train(training)
