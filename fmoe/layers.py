@@ -14,6 +14,7 @@ from fmoe.functions import AllGather, Slice, ensure_comm
 from fmoe.gates.base_gate import BaseGate
 from fmoe.gates.naive_gate import NaiveGate
 from fmoe.passage import through_experts
+from fmoe.workers import GroupAttribute
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +48,9 @@ class FMoE(nn.Module):
     Raises:
         ValueError: an argument that does not fit.
     """
+
+    slice_group = GroupAttribute()
+    moe_group = GroupAttribute()
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """From FastMoE's words for parallelism, a world size and a group, to the processes that they mean."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastmoe._processes import ALONE, Processes
 
@@ -24,3 +25,24 @@ def workers(world_size: int, group: "ProcessGroup | None" = None) -> Processes:
             f"group of {world_size}, set up by torch.distributed.init_process_group"
         )
     return processes
+
+
+class GroupAttribute:
+    """A module's attribute for a process group or None; deep copies of the module share the group."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, module: Any, owner: type | None = None) -> "ProcessGroup | None":
+        return module.__dict__[self.name].group
+
+    def __set__(self, module: Any, group: "ProcessGroup | None") -> None:
+        module.__dict__[self.name] = _Shared(group)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    group: "ProcessGroup | None"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self

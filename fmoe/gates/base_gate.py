@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmoe._processes import ALONE, Processes
-from fmoe.workers import workers
+from fmoe.workers import GroupAttribute, workers
 
 
 class BaseGate(nn.Module):
@@ -25,11 +25,13 @@ class BaseGate(nn.Module):
         loss: the balance loss of the last pass; better asked for by `get_loss`.
     """
 
+    moe_group = GroupAttribute()
+
     def __init__(self, num_expert: int, world_size: int) -> None:
         super().__init__()
         self.world_size, self.num_expert = world_size, num_expert
         self.tot_expert = world_size * num_expert
-        self.moe_group: dist.ProcessGroup | None = None
+        self.moe_group = None
         self.loss: Tensor | None = None
 
     def forward(self, x: Any) -> tuple[Tensor, Tensor]:

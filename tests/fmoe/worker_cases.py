@@ -153,3 +153,16 @@ def run_swipe_gate(length, top_k):
     torch.nn.init.constant_(gate.gate.bias[:EACH], 9.0)
     x = batch([length] * WORLD)[dist.get_rank()]
     return *gate(x), gate.gate(x).detach()
+
+
+def run_faster(lengths, fraction):
+    """A layer whose gate is of two nodes with a worker each: choices, output, loss."""
+    rank, whole = dist.get_rank(), whole_layer()
+    gate = gates.gen_faster_gate(rank, workers_per_node=1, outgoing_fraction=fraction)
+    layer = worker_layer(rank)
+    layer.gate = gate(D, EACH, WORLD).double()
+    layer.gate.load_state_dict(whole.gate.state_dict())
+    seen = []
+    layer.gate_hook = lambda ids, weights, _: seen.append(ids)
+    out = layer(batch(lengths)[rank])
+    return seen[0], out.detach(), layer.gate.get_loss().detach()
