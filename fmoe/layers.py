@@ -85,6 +85,8 @@ class FMoE(nn.Module):
         self.gate = gate(d_model, self.num_expert, world_size, top_k, **_bias_option(gate, gate_bias))
         if isinstance(self.gate, BaseGate):
             self.gate.moe_group = moe_group
+        if world_size > 1 and expert is not None:
+            self.mark_parallel_comm()  # workers have different experts: no one may take their mean
         self.gate_hook, self.mask, self.mask_dict = gate_hook, mask, mask_dict
 
     def expert_fn(self, inp: Any, fwd_expert_count: Tensor) -> Any:

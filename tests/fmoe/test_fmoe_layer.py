@@ -73,6 +73,8 @@ def test_marks():
     assert {p.dp_comm for p in layer.experts.parameters()} == {"dp"}
     assert {p.dp_comm for p in layer.gate.parameters()} == {"gate"}
     assert {p.dp_comm for p in fmoe.FMoETransformerMLP(2, 4, 8).experts.parameters()} == {"none"}
+    assert {p.dp_comm for p in fmoe.FMoE(2, 4, 2, expert=plain_loops.RowExpert).experts.parameters()} == {"none"}
+    assert not hasattr(fmoe.FMoE(2, 4, expert=plain_loops.RowExpert).experts[0].linear.weight, "dp_comm")
     with pytest.raises(ValueError, match=r"set self\.experts before"):
         fmoe.FMoE(2, 4).mark_parallel_comm()
 

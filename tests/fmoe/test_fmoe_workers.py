@@ -112,6 +112,12 @@ def test_swipe_gate(top_k):
         torch.testing.assert_close(weights.detach(), shares)
 
 
+def test_a_copy_shares_the_groups():
+    for shared, of_layer, of_copy in run(2, cases.run_copy):
+        assert shared
+        assert of_layer.equal(of_copy)
+
+
 def test_more_workers_than_processes():
     layer = FMoETransformerMLP(2, 5, 7, world_size=2)
     with pytest.raises(ValueError, match=r"world_size=2 workers hold different experts, but there are 1 process"):

@@ -1,5 +1,6 @@
 """What each of two processes computes for the tests of `fmoe`, and the whole that they are compared with."""
 
+import copy
 import functools
 
 import plain_loops
@@ -166,3 +167,15 @@ def run_faster(lengths, fraction):
     layer.gate_hook = lambda ids, weights, _: seen.append(ids)
     out = layer(batch(lengths)[rank])
     return seen[0], out.detach(), layer.gate.get_loss().detach()
+
+
+def run_copy():
+    """A layer's copy on a worker: whether it shares the group, and what both answer."""
+    group = dist.group.WORLD
+    layer = worker_layer(dist.get_rank(), "dc", moe_group=group, slice_group=group)
+    twin = copy.deepcopy(layer)
+    twin.experts[0].htoh4.weight.data.zero_()
+    twin.load_state_dict(layer.state_dict())
+    shared = all(one is group for one in (twin.moe_group, twin.slice_group, twin.gate.moe_group))
+    x = batch([4])[0]
+    return shared, layer(x).detach(), twin(x).detach()
