@@ -126,3 +126,17 @@ def experts_slower(model):
     experts = [p for name, p in named.items() if ".experts." in name]
     others = [p for name, p in named.items() if ".experts." not in name]
     return [{"params": others}, {"params": experts, "lr": 0.05, "weight_decay": 0.02}]
+
+
+def both_data_parallel_ways(lengths):
+    """Gradients of a model with copies of all experts, by PyTorch's wrapper and by FastMoE's."""
+    x, found = worker_cases.batch(lengths)[dist.get_rank()], []
+    for wrap in (nn.parallel.DistributedDataParallel, DistributedGroupedDataParallel):
+        layer = worker_cases.whole_layer()
+        layer.mark_parallel_comm("dp")
+        model = wrap(layer)
+        model(x).square().sum().backward()
+        if isinstance(model, DistributedGroupedDataParallel):
+            model.allreduce_params()
+        found.append(worker_cases.gradients(layer))
+    return found

@@ -109,6 +109,16 @@ def of_worker(expected, rank):
     return named
 
 
+@needs_gloo
+def test_copies_of_all_experts_as_with_pytorchs_own_wrapper():
+    lengths = [6, 3]
+    layer, x = worker_cases.whole_layer(), torch.cat(worker_cases.batch(lengths))
+    (layer(x).square().sum() / 2).backward()
+    for pytorchs, ours in run(2, cases.both_data_parallel_ways, lengths):
+        assert_same(ours, pytorchs)
+        assert_same(ours, worker_cases.gradients(layer))
+
+
 def test_one_process_without_a_group():
     module = fmoe.FMoETransformerMLP(3, 4, 8)
     model, x = DistributedGroupedDataParallel(module, dp_group=None), torch.randn(5, 4)
