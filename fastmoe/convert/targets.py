@@ -42,7 +42,7 @@ class Search:
     """
 
     def __init__(self, model: nn.Module, target: Target) -> None:
-        self.model, self.target = model, _check_target(target)
+        self.model, self.target = model, check_target(target)
         self.look_alikes: list[LookAlike] = []
         self._seen: set[int] = set()
         self._uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
@@ -64,25 +64,15 @@ class Search:
 
     def _match(self, name: str, module: nn.Module) -> Match | None:
         if isinstance(module, MoE):
-            counts = not isinstance(self.target, str) or self._names(name, module)
+            counts = not isinstance(self.target, str) or names(self.target, name, module)
             return Match(name, module, done=True) if counts else None
         holds_moe = any(isinstance(m, MoE) for m in module.modules())
-        if not self._names(name, module) or (holds_moe and self.target == "auto"):
+        if not names(self.target, name, module) or (holds_moe and self.target == "auto"):
             return None
         if holds_moe:
             return Match(name, module, done=True)
         inside = self._judge(name, module)
         return Match(name, module, inside) if inside is not None or self.target != "auto" else None
-
-    def _names(self, name: str, module: nn.Module) -> bool:
-        """Whether the target may mean this module."""
-        if self.target == "auto":
-            return True
-        if isinstance(self.target, str):
-            return bool(name) and fnmatchcase(name, self.target)
-        if isinstance(self.target, type):
-            return isinstance(module, self.target)
-        return bool(self.target(name, module))
 
     def _judge(self, name: str, module: nn.Module) -> FeedForward | None:
         inside = recognise(module)
@@ -96,7 +86,21 @@ class Search:
         return inside
 
 
-def _check_target(target: Target) -> Target:
+def names(target: Target, name: str, module: nn.Module) -> bool:
+    """Whether `target` may mean this module, which has this name in its model."""
+    if target == "auto":
+        return True
+    if isinstance(target, str):
+        return bool(name) and fnmatchcase(name, target)
+    if isinstance(target, type):
+        return isinstance(module, target)
+    return bool(target(name, module))
+
+
+def check_target(target: Target) -> Target:
+    """Raises:
+    ValueError: it is none of the forms that a target may have.
+    """
     if isinstance(target, type) and not issubclass(target, nn.Module):
         raise ValueError(f"target must be a class of nn.Module, got {target.__name__}")
     if not isinstance(target, str) and (isinstance(target, nn.Module) or not callable(target)):

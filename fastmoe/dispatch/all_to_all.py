@@ -36,6 +36,8 @@ class AllToAllDispatcher:
         backend: of the kernels that sort and combine.
         name: of the layer, for errors.
         uniform: the experts return rows as wide as they are given, in one dtype; else processes ask each other.
+        sum_gradients: gradients of the experts are the sum over the processes' losses, as hosts want them that divide
+            by the number of processes themselves; else the mean.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class AllToAllDispatcher:
         backend: str = "auto",
         name: str = "",
         uniform: bool = False,
+        sum_gradients: bool = False,
     ) -> None:
-        self.uniform = uniform
+        self.uniform, self.sum_gradients = uniform, sum_gradients
         self.spread, self.chunks = spread, check_int("chunks", chunks, 1)
         self.suppress_duplicates, self.backend, self.name = suppress_duplicates, backend, name
         self.passes = 0
@@ -89,7 +92,7 @@ class AllToAllDispatcher:
 
     def _compute(self, parcel: Parcel, buffer_RD: Tensor, compute: Compute) -> Tensor:
         spread, rows, ids_N = self.spread, parcel.rows, parcel.rows.expert_ids_N
-        size = spread.processes.size
+        size = 1 if self.sum_gradients else spread.processes.size
         plan = kernels.plan(ids_N, len(spread.held), backend=self.backend) if spread.held else Plan(ids_N, ids_N.int())
         x_RD, weights_N = (ScaleGradient.apply(x, float(size)) for x in (buffer_RD, rows.weights_N))
         y_RO = compute(x_RD, rows.token_ids_N, weights_N, plan, rows.rows_per_token)

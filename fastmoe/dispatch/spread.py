@@ -16,12 +16,12 @@ class Spread:
     Attributes:
         num_experts: E.
         processes: P of them.
-        mesh: the same processes, as a DeviceMesh of one dimension.
+        mesh: the same processes, as a DeviceMesh of one dimension, where there is one.
     """
 
     num_experts: int
     processes: Processes
-    mesh: "DeviceMesh"
+    mesh: "DeviceMesh | None" = None
 
     def held_by(self, rank: int) -> range:
         """The numbers of the experts on a process."""

@@ -48,10 +48,11 @@ class Experts(nn.Module):
         if not self.held:
             return ZeroGrad.apply(x_TD, *(p for p in self.parameters() if local(p).numel()))
         x_TD, weights_N = self.tp.copy(x_TD), self.tp.copy(weights_N)
-        y_TO = self._mix(x_TD, token_ids_N, weights_N, plan, rows_per_token)
+        y_TO = self.mix_here(x_TD, token_ids_N, weights_N, plan, rows_per_token)
         return self.tp.sum_for_all(y_TO)
 
-    def _mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
+    def mix_here(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
+        """As `mix`, of the hidden width that is here: this process's share of the sum."""
         rows_ND = x_TD.index_select(0, token_ids_N[plan.order_N])
         rows_NO = self.compute(rows_ND, plan.offsets_E)
         return kernels.combine(rows_NO, token_ids_N, weights_N, plan, len(x_TD), backend=self.backend)

@@ -87,9 +87,9 @@ class MLPExperts(Experts):
             return x_TD
         return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD
 
-    def _mix(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
+    def mix_here(self, x_TD: Tensor, token_ids_N: Tensor, weights_N: Tensor, plan: Plan, rows_per_token: int) -> Tensor:
         if not self.fused:
-            return super()._mix(x_TD, token_ids_N, weights_N, plan, rows_per_token)
+            return super().mix_here(x_TD, token_ids_N, weights_N, plan, rows_per_token)
         assert isinstance(self.activation, str)
         w1, b1, w2, b2 = self.matrices()
         return kernels.expert_mlp(

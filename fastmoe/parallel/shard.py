@@ -55,7 +55,7 @@ def shard_layer(
     if isinstance(layer.experts, ModuleExperts):
         layer.experts.keep(spread.held)
     else:
-        _keep_stacked(layer.experts, spread, as_dtensors)
+        keep_stacked(layer.experts, spread, as_dtensors)
     layer.dispatcher = AllToAllDispatcher(
         spread,
         chunks=chunks,
@@ -89,7 +89,8 @@ def _spread(layer: MoE, layout: Layout, name: str) -> Spread | None:
     return None if mesh is None or mesh.size() == 1 else Spread(layer.num_experts, processes_of(mesh, name), mesh)
 
 
-def _keep_stacked(experts: MLPExperts, spread: Spread, as_dtensors: bool) -> None:
+def keep_stacked(experts: MLPExperts, spread: Spread, as_dtensors: bool = False) -> None:
+    """Leave all experts but this process's to others."""
     held = spread.held
     experts.held = held
     for name, whole in list(experts.named_parameters(recurse=False)):
@@ -103,7 +104,7 @@ def expert_parameters(layer: MoE) -> dict[str, nn.Parameter]:
     return dict(layer.experts.named_parameters(recurse=isinstance(layer.experts, ModuleExperts)))
 
 
-def as_shard(own: Tensor, mesh: DeviceMesh, shape: torch.Size) -> Tensor:
+def as_shard(own: Tensor, mesh: DeviceMesh | None, shape: torch.Size) -> Tensor:
     """The DTensor of all experts of which `own` is this process's part; they share memory."""
     from torch.distributed.tensor import DTensor, Shard
 

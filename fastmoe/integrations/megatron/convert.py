@@ -1,0 +1,135 @@
+"""`moefy`: the MLPs of a built Megatron-Core model become FastMoE layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import nn
+
+from fastmoe._errors import check_choice, check_int
+from fastmoe.convert.recipe import INITS
+from fastmoe.convert.targets import Target, check_target, names
+from fastmoe.integrations.megatron.arguments import balancing_of
+from fastmoe.integrations.megatron.layer import FastMoELayer
+from fastmoe.integrations.megatron.norms import norm_before
+from fastmoe.integrations.megatron.upcycle import copy_dense, dense_options
+
+BALANCE = 0.01  # fastmoe's own default, for a configuration that says nothing about MoE
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An MLP, and where it stands."""
+
+    parent: nn.Module
+    key: str
+    block: MLP
+
+
+def moefy(
+    model: nn.Module,
+    num_experts: int,
+    top_k: int = 2,
+    *,
+    target: Target = "auto",
+    init: str = "upcycle",
+    every: int = 1,
+    **moe_options: Any,
+) -> nn.Module:
+    """Replace the MLPs of a Megatron-Core model by `FastMoELayer`s, in place: `GPTModel`, `HybridModel` and others.
+
+    ```
+    model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size, max_sequence_length)
+    model = fastmoe.integrations.megatron.moefy(model, num_experts=96, top_k=2)
+    ```
+
+    Call it on each process after the model is built, before Float16Module, DistributedDataParallel and the optimizer.
+    With expert parallelism the configuration needs `num_moe_experts`, as Megatron asks for itself.
+
+    Args:
+        model: built, of dense layers or some of them.
+        num_experts, top_k: E and K of every new layer.
+        target: "auto", every MLP; or which: a class, a glob over names as in `model.named_modules()`, or a predicate
+            `(name, module) -> bool`.
+        init: "upcycle", every expert starts as a copy of the dense MLP, and the model's outputs stay as they were
+            (Komatsuzaki et al. 2022, 2212.05055); "random", fresh experts by the configuration's `init_method`.
+        every: replace layers whose number in the model, from 1, is a multiple of it.
+        moe_options: as of `FastMoELayer`. Where the configuration does not say `num_moe_experts`, the load-balance
+            loss has fastmoe's weight of 0.01 unless `router_options` or `moe_aux_loss_coeff` give another.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: nothing to replace, an option that does not fit, or a model that is wrapped already. The model is
+            then unchanged.
+    """
+    check_int("num_experts", num_experts, 1), check_int("top_k", top_k, 1), check_int("every", every, 1)
+    check_choice("init", init, INITS)
+    check_target(target)
+    if isinstance(model, DistributedDataParallel | Float16Module):
+        raise ValueError(f"moefy wants the model itself, before it is wrapped; got {type(model).__name__}")
+    matches = [place for name, place in _places(model) if names(target, name, place.block)]
+    chosen = [place for place in matches if getattr(place.parent, "layer_number", every) % every == 0]
+    if not chosen and not (matches or any(isinstance(part, FastMoELayer) for part in model.modules())):
+        raise ValueError(f"found no MLP of Megatron-Core that target={target!r} names in {type(model).__name__}")
+    made = _make(chosen, num_experts, top_k, init, moe_options)
+    for place, layer in made:
+        norm_before(place.parent, place.block)
+        place.parent._modules[place.key] = layer
+    return model
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
+    """Every dense MLP that is no part of another MoE layer, by its name."""
+    inside = {
+        id(part) for layer in model.modules() if isinstance(layer, MoELayer | FastMoELayer) for part in layer.modules()
+    }
+    for parent_name, parent in model.named_modules():
+        for key, block in parent._modules.items():
+            dense = isinstance(block, MLP) and not isinstance(block, SharedExpertMLP)
+            if dense and id(block) not in inside:
+                assert isinstance(block, MLP)
+                yield f"{parent_name}.{key}" if parent_name else key, _Place(parent, key, block)
+
+
+def _make(
+    places: list[_Place], num_experts: int, top_k: int, init: str, options: dict[str, Any]
+) -> list[tuple[_Place, FastMoELayer]]:
+    """The new layers; configurations are as before if one of them cannot be made."""
+    configs = {id(place.block.config): place.block.config for place in places}
+    before = {key: config.num_moe_experts for key, config in configs.items()}
+    try:
+        return [
+            (place, _layer(place, num_experts, top_k, init, options, before[id(place.block.config)]))
+            for place in places
+        ]
+    except BaseException:
+        for key, config in configs.items():
+            config.num_moe_experts = before[key]
+        raise
+
+
+def _layer(
+    place: _Place, num_experts: int, top_k: int, init: str, options: dict[str, Any], said: int | None
+) -> FastMoELayer:
+    block, config = place.block, place.block.config
+    if said is None and options.get("router") in (None, "topk") and balancing_of(config) == ("aux_loss", 0.0):
+        options = options | {"router_options": {"aux_loss_weight": BALANCE} | (options.get("router_options") or {})}
+    if init == "upcycle":
+        options = dense_options(block, top_k, options)
+    layer = FastMoELayer(config, num_experts, top_k, **options)
+    if init == "upcycle":
+        copy_dense(layer, block)
+    weight = block.linear_fc2.weight
+    layer.to(weight.device, weight.dtype)
+    if (number := getattr(place.parent, "layer_number", None)) is not None:
+        layer.set_layer_number(number)
+    return layer.train(block.training)
