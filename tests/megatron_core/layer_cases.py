@@ -1,0 +1,196 @@
+"""One layer on a layout of processes, with what Megatron does to gradients done by hand, to be put together again."""
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fastmoe.integrations.megatron import FastMoEExperts, FastMoELayer
+
+S, B, D, E = 8, 2, 16, 4
+OF_STACKED = {"w1": ("linear_fc1", "weight"), "b1": ("linear_fc1", "bias"),
+              "w2": ("linear_fc2", "weight"), "b2": ("linear_fc2", "bias")}  # fmt: skip
+
+
+def config_of(**overrides):
+    """A configuration for the process groups that there are."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    chosen = {
+        "num_layers": 1,
+        "hidden_size": D,
+        "ffn_hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_moe_experts": E,
+        "moe_router_topk": 2,
+        "use_cpu_initialization": True,
+        "add_bias_linear": False,
+        "bias_activation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        **overrides,
+    }
+    return TransformerConfig(**chosen)
+
+
+def build(kind, config, options):
+    """`FastMoELayer`; or Megatron's own layer with the same weights, around its own experts or fastmoe's."""
+    torch.manual_seed(7)
+    ours = FastMoELayer(config, **options)
+    ours.set_layer_number(1)
+    if kind == "layer":
+        return ours
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = FastMoEExperts if kind == "experts" else ModuleSpec(module=SequentialMLP, submodules=linear)
+    theirs = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))(config=config)
+    theirs.set_layer_number(1)
+    with torch.no_grad():
+        theirs.router.weight.copy_(ours.moe.router.proj.weight)
+        for name, stacked in ours.moe.experts.named_parameters():
+            if kind == "experts":
+                getattr(theirs.experts.stacked, name).copy_(stacked)
+            else:
+                for local, matrix in zip(theirs.experts.local_experts, stacked, strict=True):
+                    part, attribute = OF_STACKED[name]
+                    getattr(getattr(local, part), attribute).copy_(matrix)
+    return theirs
+
+
+def run_layer(kind="layer", overrides=None, options=None, replicas=1, padding=False, train=True):
+    """Output, gradient of the input and of every parameter, with where they belong in the whole; and Megatron's metrics.
+
+    The batch is that of `replicas` copies of the model. On fewer of them one takes the others' after its own.
+    """
+    config = config_of(**({"params_dtype": torch.float64} | (overrides or {})))
+    layer = build(kind, config, options or {}).train(train)
+    draw = torch.Generator().manual_seed(11)
+    x, g = (torch.randn(S, replicas * B, D, generator=draw, dtype=torch.float64) for _ in range(2))
+    x, g = x.to(config.params_dtype), g.to(config.params_dtype)
+    here = parallel_state.get_data_parallel_world_size()
+    mine = [parallel_state.get_data_parallel_rank()] if here > 1 else list(range(replicas))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / len(mine)))
+    outputs, grads = {}, {}
+    for replica in mine:
+        rows, columns = _rows(config), slice(replica * B, (replica + 1) * B)
+        x_part = x[rows, columns].clone().requires_grad_()
+        mask = None
+        if padding:
+            mask = torch.zeros(B, S, dtype=torch.bool)
+            mask[0, S - 3 :] = True
+            mask = mask[:, rows]
+        y, bias = layer(x_part, padding_mask=mask)
+        assert bias is None
+        (y * g[rows, columns]).sum().div(len(mine)).backward()
+        outputs[rows.start, replica], grads[rows.start, replica] = y.detach(), x_part.grad * len(mine)
+    return {"y": outputs, "dx": grads, "parameters": _reduced(layer, config, kind), "metrics": metrics()}
+
+
+def _rows(config):
+    size = parallel_state.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
+    rank = parallel_state.get_tensor_model_parallel_rank() if size > 1 else 0
+    return slice(rank * S // size, (rank + 1) * S // size)
+
+
+def _reduced(layer, config, kind):
+    """By name: gradient, first expert, part of the hidden width."""
+    found = {}
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    for name, parameter in layer.named_parameters():
+        grad = parameter.grad.clone()
+        expert = not getattr(parameter, "allreduce", True)
+        group = (
+            parallel_state.get_expert_data_parallel_group()
+            if expert
+            else parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        dist.all_reduce(grad, group=group)
+        if config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
+        found[_common_name(name)] = grad / replicas
+    if kind == "megatron":
+        found = _stacked(found)
+    first = parallel_state.get_expert_model_parallel_rank() * len(found["w1"])
+    part = parallel_state.get_expert_tensor_parallel_rank()
+    return {name: (grad, first, part) for name, grad in found.items()}
+
+
+def _common_name(name):
+    name = name.removeprefix("moe.").removeprefix("experts.").removeprefix("stacked.")
+    return {"router.proj.weight": "router", "router.weight": "router"}.get(name, name)
+
+
+def _stacked(found):
+    """Megatron's experts under fastmoe's names."""
+    router = found.pop("router")
+    count = 1 + max(int(name.split(".")[1]) for name in found)
+    stacked = {"router": router}
+    for name, (part, attribute) in OF_STACKED.items():
+        keys = [f"local_experts.{i}.{part}.{attribute}" for i in range(count)]
+        if keys[0] in found:
+            stacked[name] = torch.stack([found[key] for key in keys])
+    return stacked
+
+
+def metrics():
+    """What Megatron's tracker holds for this layer, and would reduce and log; emptied."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:
+        from megatron.core.transformer.moe import moe_utils
+
+        moe_utils.reduce_aux_losses_tracker_across_ranks()
+        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+        values = {name: entry["values"].clone() for name, entry in tracker.items()}
+        moe_utils.clear_aux_losses_tracker()
+        return values
+    tracker = get_moe_metrics_tracker()
+    tracker._sync_metrics(list(tracker.metrics))
+    values = {name: entry.values.clone() for name, entry in tracker.metrics.items()}
+    tracker.clear()
+    return values
+
+
+def put_together(answers, gated=True):
+    """One answer for the whole layer from those of all processes, which must agree where they hold the same."""
+    y, dx = ({key: value for answer in answers for key, value in answer[what].items()} for what in ("y", "dx"))
+    rows, columns = ({key[i] for key in y} for i in (0, 1))
+    whole = {"y": _tiled(y, rows, columns), "dx": _tiled(dx, rows, columns)}
+    for name in answers[0]["parameters"]:
+        pieces = {}
+        for answer in answers:
+            grad, first, part = answer["parameters"][name]
+            key = (0, 0) if name == "router" else (first, 0 if name == "b2" else part)
+            if key in pieces:
+                torch.testing.assert_close(
+                    grad, pieces[key], rtol=0, atol=1e-9 if grad.dtype == torch.float64 else 1e-5
+                )
+            pieces[key] = grad
+        whole[name] = _experts_together(name, pieces, gated)
+    whole["metrics"] = answers[0]["metrics"]
+    return whole
+
+
+def _tiled(pieces, rows, columns):
+    return torch.cat([torch.cat([pieces[row, column] for column in sorted(columns)], 1) for row in sorted(rows)])
+
+
+def _experts_together(name, pieces, gated):
+    firsts, parts = (sorted({key[i] for key in pieces}) for i in (0, 1))
+    if name == "router" or len(parts) == 1:
+        return torch.cat([pieces[first, 0] for first in firsts])
+    dim = 2 if name == "w2" else 1
+    halves = 2 if gated and name != "w2" else 1
+    return torch.cat(
+        [
+            torch.cat([pieces[first, part].chunk(halves, dim)[half] for half in range(halves) for part in parts], dim)
+            for first in firsts
+        ]
+    )
