@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MEGATRON_NEWEST := 0.19.2
 
 .PHONY: demo test test-all lint bench clean
 
@@ -10,6 +11,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+# Tests run with this version too: beside the one that pip takes, which minds what each says of Python.
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --upgrade \
+		--target $(VENV)/megatron-newest megatron-core==$(MEGATRON_NEWEST)
 	touch $@
 
 demo: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""What Megatron-Core needs of `torch.cuda` where there is no CUDA: each thing here is a call that it makes without asking.
+"""What Megatron-Core needs of `torch.cuda` where there is no CUDA: each thing here is a call that it just makes.
 
 It is installed in processes of their own, before `megatron.core` is imported; fastmoe itself never sees CUDA there.
 """
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def install():
     """For the rest of this process."""
-    _calls_that_ask_no_one()
+    _calls()
     _OnCPU().__enter__()  # for good: for this thread, and for processes that are forked from it
     _megatron_itself()
 
@@ -35,7 +35,7 @@ class _OnCPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _calls_that_ask_no_one():
+def _calls():
     cuda = torch.cuda
     cuda.current_device = lambda: CPU  # given on as device=
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: (
@@ -49,7 +49,7 @@ def _calls_that_ask_no_one():
 
 
 class _Stream:
-    """A stream, or an event of one: to wait for it, or to have it wait, is nothing where all is done when it is called."""
+    """A stream, or an event of one: nothing waits where all is done when it is called."""
 
     def __init__(self, *_, **__):
         pass
