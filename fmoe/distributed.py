@@ -74,7 +74,7 @@ class DistributedGroupedDataParallel(nn.Module):
         Raises:
             ValueError: a sparse gradient.
         """
-        for processes, parameters in self._shared(trained=True):
+        for processes, parameters in self._shared():
             with_grad = _with_grad_anywhere(parameters, processes)
             if not with_grad:
                 continue
@@ -96,19 +96,19 @@ class DistributedGroupedDataParallel(nn.Module):
         self.allreduce_params(no_scale, reduce_after, fp32_allreduce)
 
     def _sync_params(self) -> None:
-        for processes, parameters in self._shared(trained=False):
+        for processes, parameters in self._shared():
             _check_same(parameters, processes)
             flat = _flatten([p.detach() for p in parameters])
             with collective(PLACE):
                 dist.broadcast(flat, group=processes.group, group_src=0)
             _unflatten(flat, [p.detach() for p in parameters])
 
-    def _shared(self, trained: bool) -> list[tuple[Processes, list[nn.Parameter]]]:
+    def _shared(self) -> list[tuple[Processes, list[nn.Parameter]]]:
         """The parameters that several processes have, by group, dtype and device, in the same order everywhere."""
         sets: dict[Any, list[nn.Parameter]] = {}
         for p in self.module.parameters():
             processes = self._processes.get(_name(p))
-            if processes is not None and processes.size > 1 and (p.requires_grad or not trained):
+            if processes is not None and processes.size > 1:
                 sets.setdefault((_name(p), p.dtype, p.device), []).append(p)
         return [(self._processes[name], parameters) for (name, _, _), parameters in sets.items()]
 

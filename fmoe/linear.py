@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoe import kernels
@@ -64,6 +65,8 @@ class FMoELinear(nn.Module):
             )
         if not counts_e.is_cuda and int(counts_e.sum()) != len(inp):
             raise ValueError(f"fwd_expert_count adds up to {int(counts_e.sum())} rows, inp has {len(inp)}")
+        if self.num_expert == 1 and inp.shape[1:] == (self.in_feat,):
+            return F.linear(inp.to(self.weight.dtype), self.weight[0], None if self.bias is None else self.bias[0])
         offsets_e = counts_e.cumsum(0).to(inp.device, torch.int32)
         return kernels.grouped_mm(inp.to(self.weight.dtype), self.weight, offsets_e, self.bias)
 

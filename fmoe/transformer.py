@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fmoe.fused import MIN_ROWS_PER_EXPERT, activation_name, fit_together, fused_mlp, untouched
 from fmoe.layers import FMoE
 from fmoe.linear import FMoELinear
 
@@ -72,3 +73,15 @@ class FMoETransformerMLP(FMoE):
         if inp.dim() == 0 or inp.shape[-1] != self.d_model:
             raise ValueError(f"inp must be (..., {self.d_model}), got {tuple(inp.shape)}")
         return super().forward(inp.reshape(-1, self.d_model)).reshape(inp.shape)
+
+    def expert_fn(self, inp: Any, fwd_expert_count: Tensor) -> Any:
+        """As of `FMoE`: in one call for all experts, where they are as this class built them and have rows enough."""
+        experts: list[Any] = list(self.experts.children())
+        if len(inp) < MIN_ROWS_PER_EXPERT * len(experts) or not all(type(one) is _Expert for one in experts):
+            return super().expert_fn(inp, fwd_expert_count)
+        up, down = [one.htoh4 for one in experts], [one.h4toh for one in experts]
+        names = {activation_name(one.activation) for one in experts}
+        activation = names.pop() if len(names) == 1 else None
+        if activation is None or not fit_together(up, down) or not all(map(untouched, experts)):
+            return super().expert_fn(inp, fwd_expert_count)
+        return fused_mlp(up, down, activation, inp, fwd_expert_count)

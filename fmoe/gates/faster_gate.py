@@ -62,12 +62,12 @@ class FasterGate(NaiveGate):
         return expert_ids_TK, self.weights(logits_TE, expert_ids_TK)
 
     def _leaving(self, logits_TE: Tensor, wanted_TK: Tensor) -> Tensor:
-        """Which tokens may leave, bool `(T,)`."""
+        """Which tokens get what they want, bool `(T,)`: those that may leave; if there are few, others too."""
         away_TK = (wanted_TK < self.home.start) | (wanted_TK >= self.home.stop)
         pull_T = logits_TE.detach().gather(1, wanted_TK).masked_fill(~away_TK, -math.inf).amax(dim=1)
         limit = math.floor(self.outgoing_fraction * len(pull_T) + 1e-9)  # 0.29 * 100 is below 29
         first = pull_T.argsort(descending=True, stable=True)[:limit]
-        return torch.zeros_like(pull_T, dtype=torch.bool).index_fill(0, first, True) & away_TK.any(dim=1)
+        return torch.zeros_like(pull_T, dtype=torch.bool).index_fill(0, first, True)
 
 
 def gen_faster_gate(

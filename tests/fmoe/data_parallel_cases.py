@@ -74,6 +74,15 @@ def a_group_of_others():
         return str(error)
 
 
+def a_sparse_gradient():
+    model = DistributedGroupedDataParallel(nn.Embedding(4, 2, sparse=True))
+    model(torch.tensor([1])).sum().backward()
+    try:
+        model.allreduce_params()
+    except ValueError as error:
+        return str(error)
+
+
 class Block(nn.Module):
     """A layer between two others, and one that is never used."""
 

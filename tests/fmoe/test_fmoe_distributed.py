@@ -74,6 +74,7 @@ def test_modules_and_groups_that_do_not_fit():
     words = "dp_comm='dp', got by rank 2 with 8 numbers, 2 with 12 numbers"
     assert [words in answer for answer in run(2, cases.different_modules)] == [True, True]
     assert run(2, cases.a_group_of_others) == [None, "gate_group must be a group that this process is in"]
+    assert run(2, cases.a_sparse_gradient) == ["gradients must be dense, got torch.sparse_coo (4, 2)"] * 2
 
 
 @needs_gloo

@@ -8,10 +8,10 @@ from helpers import assert_same
 import fmoe
 
 
-@pytest.mark.parametrize("counts", [[2, 0, 4], [0, 0, 0], [6, 0, 0]])
+@pytest.mark.parametrize("counts", [[2, 0, 4], [0, 0, 0], [6, 0, 0], [5], [0]])
 @pytest.mark.parametrize("bias", [True, False])
 def test_against_a_loop(counts, bias):
-    linear = fmoe.FMoELinear(3, 5, 4, bias=bias).double()
+    linear = fmoe.FMoELinear(len(counts), 5, 4, bias=bias).double()
     if bias:
         torch.nn.init.normal_(linear.bias)
 
@@ -23,6 +23,12 @@ def test_against_a_loop(counts, bias):
     for given in (counts, torch.tensor(counts)):
         got = plain_loops.outcome(lambda rows, given=given: linear(rows, given), linear, rows)
         assert_same(got, plain_loops.outcome(loop, linear, rows))
+
+
+@pytest.mark.parametrize("num_expert", [1, 2])
+def test_rows_of_another_width(num_expert):
+    with pytest.raises(ValueError, match=r"weight must be \(E, O, 6\)"):
+        fmoe.FMoELinear(num_expert, 5, 4)(torch.randn(2, 6), [2, 0][:num_expert])
 
 
 def test_rows_take_the_dtype_of_the_weights():
