@@ -15,7 +15,7 @@ from fastmoe.routers.routing import Routing, SoftRouting
 
 
 class RouterLinear(nn.Linear):
-    """`nn.Linear` without bias whose arithmetic is float32 at least, whatever the model's dtype or autocast.
+    """`nn.Linear` without bias (a host may set one) whose arithmetic is float32 at least, whatever dtype or autocast.
 
     Routing in half precision flips choices between near experts (Fedus et al. 2021, 2101.03961, section 2.4).
     """
@@ -26,10 +26,11 @@ class RouterLinear(nn.Linear):
     def forward(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         device = x_TD.device.type
+        bias_E = None if self.bias is None else self.bias.to(dtype)
         if not torch.amp.is_autocast_available(device):  # the meta device, for one
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
         with torch.autocast(device, enabled=False):
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype), bias_E)
 
 
 class Router(nn.Module):

@@ -53,7 +53,8 @@ def build(kind, config, options):
     theirs = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))(config=config)
     theirs.set_layer_number(1)
     with torch.no_grad():
-        theirs.router.weight.copy_(ours.moe.router.proj.weight)
+        for name, parameter in ours.moe.router.proj.named_parameters():
+            getattr(theirs.router, name).copy_(parameter)
         for name, stacked in ours.moe.experts.named_parameters():
             if kind == "experts":
                 getattr(theirs.experts.stacked, name).copy_(stacked)
@@ -124,14 +125,13 @@ def _reduced(layer, config, kind):
 
 def _common_name(name):
     name = name.removeprefix("moe.").removeprefix("experts.").removeprefix("stacked.")
-    return {"router.proj.weight": "router", "router.weight": "router"}.get(name, name)
+    return name.replace("router.proj.", "router.")
 
 
 def _stacked(found):
     """Megatron's experts under fastmoe's names."""
-    router = found.pop("router")
-    count = 1 + max(int(name.split(".")[1]) for name in found)
-    stacked = {"router": router}
+    stacked = {name: grad for name, grad in found.items() if name.startswith("router.")}
+    count = 1 + max(int(name.split(".")[1]) for name in found if name not in stacked)
     for name, (part, attribute) in OF_STACKED.items():
         keys = [f"local_experts.{i}.{part}.{attribute}" for i in range(count)]
         if keys[0] in found:
@@ -167,7 +167,7 @@ def put_together(answers, gated=True):
         pieces = {}
         for answer in answers:
             grad, first, part = answer["parameters"][name]
-            key = (0, 0) if name == "router" else (first, 0 if name == "b2" else part)
+            key = (0, 0) if name.startswith("router.") else (first, 0 if name == "b2" else part)
             if key in pieces:
                 torch.testing.assert_close(
                     grad, pieces[key], rtol=0, atol=1e-9 if grad.dtype == torch.float64 else 1e-5
@@ -184,7 +184,7 @@ def _tiled(pieces, rows, columns):
 
 def _experts_together(name, pieces, gated):
     firsts, parts = (sorted({key[i] for key in pieces}) for i in (0, 1))
-    if name == "router" or len(parts) == 1:
+    if name.startswith("router.") or len(parts) == 1:
         return torch.cat([pieces[first, 0] for first in firsts])
     dim = 2 if name == "w2" else 1
     halves = 2 if gated and name != "w2" else 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmoe._seeds import mix
 from fastmoe.dispatch import AllToAllDispatcher, Spread
@@ -16,6 +16,7 @@ from fastmoe.layer import MoE
 from fastmoe.parallel import materialize
 from fastmoe.parallel.hidden import check_hidden, split_dimension, split_hidden, take_hidden
 from fastmoe.parallel.shard import expert_parameters, keep_stacked
+from fastmoe.routers.base import RouterLinear
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,6 +38,8 @@ def build_moe(config: TransformerConfig, groups: Groups, num_experts: int, top_k
         where = "meta" if in_part else device
         moe = MoE(config.hidden_size, num_experts, top_k, **options, device=where, dtype=config.params_dtype)
         spread_experts(moe, groups)
+        if config.add_bias_linear and isinstance(proj := getattr(moe.router, "proj", None), RouterLinear):
+            proj.bias = nn.Parameter(torch.zeros_like(proj.weight[:, 0]))  # as Megatron's router has one then
         if in_part and device != "meta":
             materialize(moe, device, seed=seed)
         if config.perform_initialization and device != "meta":
@@ -103,9 +106,10 @@ def start_experts(experts: MLPExperts, config: TransformerConfig, seed: int) -> 
 
 @torch.no_grad()
 def _start_router(moe: MoE, config: TransformerConfig) -> None:
-    weight = getattr(getattr(moe.router, "proj", None), "weight", None)
-    if isinstance(weight, Tensor) and not getattr(moe.router, "own_init", True):
-        config.init_method(weight)
+    proj = getattr(moe.router, "proj", None)
+    if isinstance(proj, RouterLinear) and not getattr(moe.router, "own_init", True):
+        for parameter in proj.parameters():
+            config.init_method(parameter)
 
 
 def mark_parameters(moe: MoE, groups: Groups, config: TransformerConfig) -> None:

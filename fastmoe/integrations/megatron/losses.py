@@ -8,6 +8,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from fastmoe.integrations.megatron.layer import FastMoELayer
 
 # fastmoe's name of a loss: Megatron's, and the router's attribute with its weight, which is left out of metrics.
@@ -50,15 +52,15 @@ def _record(layer: FastMoELayer, name: str, loss: Tensor) -> None:
     number = layer.layer_number
     if number is not None and layer.is_mtp_layer:
         number += config.num_layers
-    _keep(known, value, number, config.num_layers + mtp_layers)
+    _keep(known, value, number, config.num_layers + mtp_layers, layer.groups.global_batch)
 
 
-def _keep(name: str, value: Tensor, layer_number: int | None, num_layers: int) -> None:
+def _keep(name: str, value: Tensor, layer_number: int | None, num_layers: int, mean_of: ProcessGroup) -> None:
     try:
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     except ImportError:  # before 0.17
         from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
-        save_to_aux_losses_tracker(name, value, layer_number, num_layers)
+        save_to_aux_losses_tracker(name, value, layer_number, num_layers, avg_group=mean_of)
     else:
-        get_moe_metrics_tracker().record(name, value, layer_number, num_layers)
+        get_moe_metrics_tracker().record(name, value, layer_number, num_layers, avg_group=mean_of)

@@ -22,6 +22,7 @@ from fastmoe.parallel.shard import expert_parameters
 KEYS = {"w1": "linear_fc1.weight", "b1": "linear_fc1.bias", "w2": "linear_fc2.weight", "b2": "linear_fc2.bias"}
 RENAMED = {
     "router.proj.weight": "router.weight",
+    "router.proj.bias": "router.bias",
     "router.bias_E": "router.expert_bias",
     "shared.w1.": "shared_experts.linear_fc1.",
     "shared.w2.": "shared_experts.linear_fc2.",
