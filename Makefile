@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MEGATRON_NEWEST := 0.19.2
+# A worker for each processor, as most tests use but one; a file's tests stay together and share what its fixtures made.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all lint bench clean
 
@@ -25,10 +27,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m fastmoe bench --preset cpu --out benchmarks/results $(ARGS)

@@ -1,13 +1,9 @@
 """Data parallelism with `DistributedDataParallel`: nothing special to write."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import needs_gloo, run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,9 +35,8 @@ def backward(model, x, upstream):
     (model(x) * upstream).sum().backward()
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def gradients():
+    """By kind and tokens, on one of the processes."""
     grads = {}
     for kind in KINDS:
         for tokens in TOKENS:
@@ -49,26 +44,17 @@ def worker(rank, folder):
             parallel = DistributedDataParallel(model)
             for _ in range(2):  # DDP notices a parameter without gradient at the next forward pass
                 model.zero_grad()
-                backward(parallel, *batch(tokens, rank))
+                backward(parallel, *batch(tokens, dist.get_rank()))
             grads[f"{kind} {tokens}"] = {name: p.grad for name, p in model.named_parameters()}
-    torch.save(grads, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return grads
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env) for rank in range(WORLD)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def computed():
+    return run(WORLD, gradients)
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
+@needs_gloo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_gradients_are_those_of_the_whole_batch(computed, kind, tokens):
@@ -81,7 +67,3 @@ def test_gradients_are_those_of_the_whole_batch(computed, kind, tokens):
         assert together.keys() == {name for name, _ in model.named_parameters()}
         for name, param in model.named_parameters():
             torch.testing.assert_close(together[name], param.grad, msg=lambda m, n=name: f"{n}: {m}")
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]).as_posix())

@@ -2,15 +2,12 @@
 
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import needs_gloo, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -243,9 +240,9 @@ BATCHES = [[7, 5], [4, None], [0, 3]]  # tokens of each process in each pass; No
 CHOSEN = [[(0, 1), (0, 1), (0, 1)], [(0, 2), (0, 4), (0, 4)]]
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def snapshots():
+    """Of both models, on one of the processes."""
+    rank = dist.get_rank()
     torch.manual_seed(0)
     model = build()
     monitor = fastmoe.LoadMonitor(model, dead_after=2)
@@ -257,22 +254,12 @@ def worker(rank, folder):
     for ids in CHOSEN[rank]:
         fixed[0].router.ids = ids
         fixed(torch.randn(3, D))
-    torch.save((monitor.snapshot().to_plain(), watching.snapshot().to_plain()), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return monitor.snapshot().to_plain(), watching.snapshot().to_plain()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
-def test_two_processes_equal_one(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
-    processes = [subprocess.Popen(command, env=env) for command in commands]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    (together, fixed), other = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+@needs_gloo
+def test_two_processes_equal_one():
+    (together, fixed), other = run(2, snapshots)
     assert (together, fixed) == other
     assert fixed["0"]["dead"] == [2, 3]
     torch.manual_seed(0)
@@ -282,7 +269,3 @@ def test_two_processes_equal_one(tmp_path):
             if size is not None:
                 model(torch.randn(size, D, generator=torch.Generator().manual_seed(10 * step + rank)))
     assert_as_loops(fastmoe.LayerLoad.from_plain(together["0"]), model[0].router.seen)
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]).as_posix())

@@ -1,13 +1,9 @@
 """Every router on two processes: what it gives on them together is what one process gives for the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import needs_gloo, run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -123,10 +119,9 @@ def with_mask(model):
     return model
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    seen = {}
+def train_all():
+    """What is seen of every case on one of the processes."""
+    rank, seen = dist.get_rank(), {}
     for case in CASES:
         for sequences, shares in SEQUENCES.items():
             for scope in ("global", "local"):
@@ -146,30 +141,18 @@ def worker(rank, folder):
     parallel = DistributedDataParallel(model)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     seen["zero"] = train(model, parallel, uneven, 9 * rank, optimizer=optimizer)
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=env) for rank in range(WORLD)]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def computed():
+    return run(WORLD, train_all)
 
 
 @pytest.fixture(autouse=True)
 def noise_is_put_back(monkeypatch):
     monkeypatch.setattr(noise, "uniform", noise.uniform)
     monkeypatch.setattr(noise, "normal", noise.normal)
-
-
-needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
 
 
 def assert_as_one(both, case, sequences):
@@ -222,12 +205,9 @@ def test_local_scope_is_each_process_by_itself(computed, case):
                 torch.testing.assert_close(together[name], alone[name])
 
 
+@needs_gloo
 def test_the_cases_drop_and_move_the_bias(computed):
     """So that the comparison above compares something."""
     last = {case: computed[0][case, "even", "global"][-1] for case in CASES}
     assert all(sum(int(s["dropped"]) for s in computed[0][case, "even", "global"]) > 0 for case in ("topk", "switch"))
     assert last["loss_free"]["buffers"]["1.router.bias_E"].abs().max() > 0.001
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]).as_posix())
