@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmoe.fused import MIN_ROWS_PER_EXPERT, activation_name, fit_together, fused_mlp, untouched
+from fmoe.fused import activation_name, fit_together, fused_mlp, pays, untouched
 from fmoe.layers import FMoE
 from fmoe.linear import FMoELinear
 
@@ -75,9 +75,9 @@ class FMoETransformerMLP(FMoE):
         return super().forward(inp.reshape(-1, self.d_model)).reshape(inp.shape)
 
     def expert_fn(self, inp: Any, fwd_expert_count: Tensor) -> Any:
-        """As of `FMoE`: in one call for all experts, where they are as this class built them and have rows enough."""
+        """As of `FMoE`: in training one call for all experts, where they are as this class built them."""
         experts: list[Any] = list(self.experts.children())
-        if len(inp) < MIN_ROWS_PER_EXPERT * len(experts) or not all(type(one) is _Expert for one in experts):
+        if not pays(len(inp), len(experts)) or not all(type(one) is _Expert for one in experts):
             return super().expert_fn(inp, fwd_expert_count)
         up, down = [one.htoh4 for one in experts], [one.h4toh for one in experts]
         names = {activation_name(one.activation) for one in experts}

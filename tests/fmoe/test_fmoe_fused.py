@@ -78,6 +78,14 @@ def test_activations_that_it_does_not_know(activation, calls):
     assert not calls
 
 
+def test_evaluation(calls):
+    layer, x = build(), torch.randn(T, D, dtype=torch.float64)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert calls == ["gelu"]
+
+
 def test_few_rows(calls):
     check(build(), num_tokens=5)
     assert not calls
@@ -95,6 +103,10 @@ def test_experts_that_differ(calls):
         fmoe.FMoELinear(1, 4, D).double(),
     )
     check(narrow)
+    without = build()
+    for expert in without.experts:
+        expert.htoh4.bias = None
+    without(torch.randn(T, D, dtype=torch.float64)).sum().backward()
     assert not calls
 
 
@@ -135,13 +147,12 @@ def test_what_a_user_put_around_an_expert(kind, calls):
     assert not calls
 
 
-def test_hooks_that_only_look(calls):
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_that_only_look(kind, calls):
     layer, seen = build(), []
-    layer.experts[2].activation = nn.GELU()
-    layer.experts[0].register_forward_pre_hook(lambda *_: seen.append("before"))
-    layer.experts[2].h4toh.register_full_backward_hook(lambda *_: seen.append("backward"))
+    getattr(layer.experts[2].h4toh, f"register_{kind}")(lambda *_: seen.append(kind))
     layer(torch.randn(T, D, dtype=torch.float64)).sum().backward()
-    assert seen == ["before", "backward"]
+    assert seen == [kind]
     assert not calls
 
 
