@@ -4,38 +4,22 @@ It is installed in processes of their own, before `megatron.core` is imported; f
 """
 
 import contextlib
+import logging
+import queue
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 
 
 def install():
-    """For the rest of this process."""
-    _calls()
-    _OnCPU().__enter__()  # for good: for this thread, and for processes that are forked from it
-    _megatron_itself()
+    """For the rest of this process, and for those forked from it."""
+    _torch_cuda()
+    _tensors()
+    _megatron()
 
 
-class _OnCPU(TorchFunctionMode):
-    """`device="cuda"` and `tensor.cuda()` mean the CPU; a tensor's type is the type that its CUDA twin would have.
-
-    The types are how Megatron's optimizer knows which parameters are of 32 bits and which of 16.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.Tensor.cuda:
-            return args[0]
-        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return function(*args).replace("torch.", "torch.cuda.")
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-            kwargs = {**kwargs, "device": CPU}
-        return function(*args, **kwargs)
-
-
-def _calls():
+def _torch_cuda():
     cuda = torch.cuda
     cuda.current_device = lambda: CPU  # given on as device=
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: (
@@ -44,7 +28,7 @@ def _calls():
     cuda.manual_seed = torch.manual_seed  # torch's own keeps it until CUDA is there
     cuda.synchronize = lambda *_: None  # between messages of the pipeline, before a checkpoint is written
     cuda.Stream = cuda.Event = _Stream  # the all-to-all dispatcher and DistributedDataParallel make one
-    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.current_stream = cuda.default_stream = _Stream
     cuda.stream = lambda _: contextlib.nullcontext()
 
 
@@ -58,15 +42,45 @@ class _Stream:
         return lambda *_, **__: self
 
 
-def _megatron_itself():
+def _tensors():
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):  # which are called with device="cuda"
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    kind = torch.Tensor.type  # by it, the optimizer tells parameters of 32 bits from those of 16, on CUDA only
+    torch.Tensor.type = lambda tensor, *args: (
+        kind(tensor, *args) if args else kind(tensor).replace("torch.", "torch.cuda.")
+    )
+
+
+def _on_cpu(make):
+    def call(*args, device=None, **kwargs):
+        return make(*args, device=CPU if device == "cuda" else device, **kwargs)
+
+    return call
+
+
+def _megatron():
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # it speaks to CUDA's generators
-
-    def moved(tensor, as_numpy=False, record_stream=False):
-        """As from a GPU: the sizes of an all-to-all are turned into numbers only on the way from there."""
-        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
-
-    token_dispatcher.maybe_move_tensor_to_cpu = moved
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)  # that the CPU's generator has changed, which is CUDA's
+    token_dispatcher.maybe_move_tensor_to_cpu = _moved
     moe_utils.te_general_gemm = None  # 0.16 asks whether it is None, and has no such name without TransformerEngine
+    WrappedTorchNorm.__new__ = _norm
+    filesystem_async._results_queue = queue.Queue()  # a process of its own, which stays behind, is for writing later
+
+
+def _moved(tensor, as_numpy=False, record_stream=False):
+    """As from a GPU: the sizes of an all-to-all become numbers on the way from there only."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _norm(cls, config, hidden_size, eps=1e-5, **_):
+    """As Apex's: with sequence parallelism it marks its parameters, where Megatron's stand-in for it refuses to be."""
+    norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm

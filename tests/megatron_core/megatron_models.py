@@ -1,7 +1,6 @@
 """Tiny models of Megatron-Core, and tokens for them. Imported anywhere; called only where Megatron-Core runs."""
 
 import torch
-import torch.distributed as dist
 
 LENGTH, VOCABULARY = 16, 64
 
@@ -79,10 +78,3 @@ def loss_of(model, given):
     """The loss of each token of a batch, (sequences, LENGTH); the hidden states, where the model goes on elsewhere."""
     positions = torch.arange(LENGTH).expand_as(given["tokens"])
     return model(given["tokens"], positions, None, labels=given["labels"])
-
-
-def mean_over(group, value):
-    """A number's mean over a group."""
-    total = torch.as_tensor(value, dtype=torch.float64).clone()
-    dist.all_reduce(total, group=group)
-    return total.item() / dist.get_world_size(group)

@@ -7,6 +7,7 @@ once, and every call runs in processes that are forked from there and end with t
 import atexit
 import functools
 import importlib.util
+import io
 import multiprocessing
 import os
 import pickle
@@ -40,7 +41,7 @@ def run(version, world, function, *args, tp=1, pp=1, ep=1, etp=None, seed=1, lim
     try:
         connection.send_bytes(pickle.dumps((limit, world, sizes, seed, functools.partial(function, *args, **kwargs))))
         assert connection.poll((world + 1) * limit), f"no answer from Megatron-Core, {version}"
-        returned, answer = pickle.loads(connection.recv_bytes())
+        returned, answer = torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
     except BaseException:
         connection.close()  # which ends the server, and its processes when their time is over
         _servers.cache_clear()
@@ -81,7 +82,9 @@ def _serve(connection, version):
             return
         except Exception as error:
             answer = False, str(error) if isinstance(error, AssertionError) else traceback.format_exc()
-        connection.send_bytes(pickle.dumps(answer))
+        written = io.BytesIO()
+        torch.save(answer, written)  # Megatron-Core has its own way to pickle tensors
+        connection.send_bytes(written.getbuffer())
 
 
 def _within(sizes, seed, function):
