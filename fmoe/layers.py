@@ -117,8 +117,7 @@ class FMoE(nn.Module):
             raise ValueError("mark_parallel_comm marks the experts: set self.experts before")
         experts: list[nn.Module] = self.experts if isinstance(self.experts, list) else [self.experts]
         for module, comm in [*((expert, expert_dp_comm) for expert in experts), (self.gate, "gate")]:
-            for parameter in module.parameters():
-                parameter.dp_comm = comm  # type: ignore[attr-defined]
+            mark_module_parallel_comm(module, comm)
 
     def forward(self, moe_inp: Any) -> Any:
         """The weighted sum of the experts' answers, `(T, ...)` or a structure of such.
@@ -177,6 +176,12 @@ class FMoE(nn.Module):
 
     def _join(self, part: Tensor) -> Tensor:
         return AllGather.apply(part, self.slice_rank, self.slice_size, self.slice_group)
+
+
+def mark_module_parallel_comm(module: nn.Module, comm: str) -> None:
+    """Write `comm` on each parameter of `module` as `dp_comm`; see `FMoE.mark_parallel_comm`."""
+    for parameter in module.parameters():
+        parameter.dp_comm = comm  # type: ignore[attr-defined]
 
 
 def _bias_option(gate: Callable[..., nn.Module], gate_bias: bool) -> dict[str, bool]:

@@ -11,6 +11,16 @@ from fastmoe import kernels
 from fastmoe._errors import check_int
 
 
+class MOELinear:
+    """The product alone."""
+
+    @staticmethod
+    def apply(global_input_buf: Tensor, fwd_expert_count: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`FMoELinear.forward` with weights `(e, O, I)` and biases `(e, O)` of one's own."""
+        offsets_e = fwd_expert_count.cumsum(0).to(global_input_buf.device, torch.int32)
+        return kernels.grouped_mm(global_input_buf, weight, offsets_e, bias)
+
+
 class FMoELinear(nn.Module):
     """`rows @ weight[e].T + bias[e]` for each expert's rows.
 
@@ -67,8 +77,7 @@ class FMoELinear(nn.Module):
             raise ValueError(f"fwd_expert_count adds up to {int(counts_e.sum())} rows, inp has {len(inp)}")
         if self.num_expert == 1 and inp.shape[1:] == (self.in_feat,):
             return F.linear(inp.to(self.weight.dtype), self.weight[0], None if self.bias is None else self.bias[0])
-        offsets_e = counts_e.cumsum(0).to(inp.device, torch.int32)
-        return kernels.grouped_mm(inp.to(self.weight.dtype), self.weight, offsets_e, self.bias)
+        return MOELinear.apply(inp.to(self.weight.dtype), counts_e, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

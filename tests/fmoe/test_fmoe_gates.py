@@ -10,6 +10,7 @@ from helpers import assert_same
 import fmoe
 from fmoe import gates
 from fmoe.gates.swipe_gate import share_out
+from fmoe.gates.utils import limit_by_capacity
 
 T, D, E = 11, 5, 4
 X = torch.randn(T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -168,6 +169,18 @@ def test_swipe_shares_room_one_row_at_a_time(seed):
     got = share_out(asked, room)
     for one, expected in zip(got, (served, moved, torch.tensor(left)), strict=True):
         assert one.equal(expected)
+
+
+def test_limit_by_capacity():
+    ids = torch.tensor([[0, 1], [0, 2], [-1, 0], [2, 0], [1, -1]])
+    for capacity, kept in (
+        (2, [[0, 1], [0, 2], [-1, -1], [2, -1], [1, -1]]),
+        (torch.tensor([3, 0, 1]), [[0, -1], [0, 2], [-1, 0], [-1, -1], [-1, -1]]),
+        (0, [[-1, -1]] * 5),
+    ):
+        sent, came, pruned = limit_by_capacity(ids, 3, 1, capacity)
+        assert pruned.tolist() == kept
+        assert sent.tolist() == came.tolist() == [sum(row.count(e) for row in kept) for e in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,15 @@ def test_swipe_gate(top_k):
         torch.testing.assert_close(weights.detach(), shares)
 
 
+def test_a_limit_over_all_workers():
+    wanted, kept = [[0, 3, 0, 3, 3], [0, 0, 3, 1, -1]], [[0, 3, 0, 3, -1], [0, -1, -1, 1, -1]]
+    answers = run(2, cases.run_limit, wanted, [[3, 5], [4, 2]])
+    for rank, (sent, came, pruned) in enumerate(answers):
+        assert pruned.tolist() == kept[rank]
+        assert sent.tolist() == [kept[rank].count(e) for e in range(4)]
+        assert came.tolist() == [worker.count(e) for worker in kept for e in (2 * rank, 2 * rank + 1)]
+
+
 def test_a_copy_shares_the_groups():
     for shared, of_layer, of_copy in run(2, cases.run_copy):
         assert shared

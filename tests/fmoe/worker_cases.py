@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import fmoe
 from fmoe import functions, gates
+from fmoe.gates.utils import limit_by_capacity
 
 D, H, EACH, WORLD = 5, 7, 2, 2
 GATES = {
@@ -140,6 +141,12 @@ def run_slice_and_gather(length):
     whole = functions.AllGather.apply(part * part, rank, 2, group)
     whole.backward(torch.arange(1.0, length + 1))
     return part.detach(), whole.detach(), x.grad
+
+
+def run_limit(wanted, capacities):
+    rank, ids = dist.get_rank(), torch.tensor(wanted)
+    functions.ensure_comm(ids, None)
+    return limit_by_capacity(ids[rank], EACH, WORLD, torch.tensor(capacities[rank]))
 
 
 def run_swipe(wanted, capacities, bias):
