@@ -1,17 +1,10 @@
-"""One layer on a layout of processes, with what Megatron does to gradients done by hand, to be put together again."""
+"""One layer on a layout of processes, with what Megatron does to gradients done by hand, to be put together again.
+
+Imported anywhere; all but `put_together` is called only where Megatron-Core runs.
+"""
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
-
-from fastmoe.integrations.megatron import FastMoEExperts, FastMoELayer
 
 S, B, D, E = 8, 2, 16, 4
 OF_STACKED = {"w1": ("linear_fc1", "weight"), "b1": ("linear_fc1", "bias"),
@@ -20,6 +13,9 @@ OF_STACKED = {"w1": ("linear_fc1", "weight"), "b1": ("linear_fc1", "bias"),
 
 def config_of(**overrides):
     """A configuration for the process groups that there are."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     tp = parallel_state.get_tensor_model_parallel_world_size()
     chosen = {
         "num_layers": 1,
@@ -29,6 +25,7 @@ def config_of(**overrides):
         "num_moe_experts": E,
         "moe_router_topk": 2,
         "use_cpu_initialization": True,
+        "init_method_std": 0.3,
         "add_bias_linear": False,
         "bias_activation_fusion": False,
         "moe_token_dispatcher_type": "alltoall",
@@ -43,18 +40,25 @@ def config_of(**overrides):
 
 def build(kind, config, options):
     """`FastMoELayer`; or Megatron's own layer with the same weights, around its own experts or fastmoe's."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from fastmoe.integrations.megatron import FastMoEExperts, FastMoELayer
+
     torch.manual_seed(7)
     ours = FastMoELayer(config, **options)
     ours.set_layer_number(1)
     if kind == "layer":
         return ours
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = FastMoEExperts if kind == "experts" else ModuleSpec(module=SequentialMLP, submodules=linear)
-    theirs = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))(config=config)
+    made = MoESubmodules(experts=FastMoEExperts) if kind == "experts" else _own_submodules()
+    theirs = ModuleSpec(module=MoELayer, submodules=made)(config=config)
     theirs.set_layer_number(1)
     with torch.no_grad():
         for name, parameter in ours.moe.router.proj.named_parameters():
             getattr(theirs.router, name).copy_(parameter)
+        if ours.moe.shared is not None:
+            theirs.shared_experts.linear_fc1.weight.copy_(ours.moe.shared.w1.weight)
+            theirs.shared_experts.linear_fc2.weight.copy_(ours.moe.shared.w2.weight)
         for name, stacked in ours.moe.experts.named_parameters():
             if kind == "experts":
                 getattr(theirs.experts.stacked, name).copy_(stacked)
@@ -65,11 +69,22 @@ def build(kind, config, options):
     return theirs
 
 
+def _own_submodules():
+    """Megatron's experts and shared expert of plain PyTorch."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(num_experts=E).submodules.mlp
+    return getattr(spec, "submodules", None) or spec.keywords["submodules"]
+
+
 def run_layer(kind="layer", overrides=None, options=None, replicas=1, padding=False, train=True):
-    """Output, gradient of the input and of every parameter, with where they belong in the whole; and Megatron's metrics.
+    """Output, gradients of the input and of every parameter, with their places in the whole; and Megatron's metrics.
 
     The batch is that of `replicas` copies of the model. On fewer of them one takes the others' after its own.
     """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     config = config_of(**({"params_dtype": torch.float64} | (overrides or {})))
     layer = build(kind, config, options or {}).train(train)
     draw = torch.Generator().manual_seed(11)
@@ -95,6 +110,8 @@ def run_layer(kind="layer", overrides=None, options=None, replicas=1, padding=Fa
 
 
 def _rows(config):
+    from megatron.core import parallel_state
+
     size = parallel_state.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
     rank = parallel_state.get_tensor_model_parallel_rank() if size > 1 else 0
     return slice(rank * S // size, (rank + 1) * S // size)
@@ -102,6 +119,8 @@ def _rows(config):
 
 def _reduced(layer, config, kind):
     """By name: gradient, first expert, part of the hidden width."""
+    from megatron.core import parallel_state
+
     found = {}
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     for name, parameter in layer.named_parameters():
@@ -125,12 +144,14 @@ def _reduced(layer, config, kind):
 
 def _common_name(name):
     name = name.removeprefix("moe.").removeprefix("experts.").removeprefix("stacked.")
-    return name.replace("router.proj.", "router.")
+    for ours, theirs in (("router.proj.", "router."), ("shared.w", "shared_experts.linear_fc")):
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _stacked(found):
     """Megatron's experts under fastmoe's names."""
-    stacked = {name: grad for name, grad in found.items() if name.startswith("router.")}
+    stacked = {name: grad for name, grad in found.items() if not name.startswith("local_experts.")}
     count = 1 + max(int(name.split(".")[1]) for name in found if name not in stacked)
     for name, (part, attribute) in OF_STACKED.items():
         keys = [f"local_experts.{i}.{part}.{attribute}" for i in range(count)]
@@ -167,7 +188,7 @@ def put_together(answers, gated=True):
         pieces = {}
         for answer in answers:
             grad, first, part = answer["parameters"][name]
-            key = (0, 0) if name.startswith("router.") else (first, 0 if name == "b2" else part)
+            key = (0, 0) if name not in OF_STACKED else (first, 0 if name == "b2" else part)
             if key in pieces:
                 torch.testing.assert_close(
                     grad, pieces[key], rtol=0, atol=1e-9 if grad.dtype == torch.float64 else 1e-5
@@ -184,7 +205,7 @@ def _tiled(pieces, rows, columns):
 
 def _experts_together(name, pieces, gated):
     firsts, parts = (sorted({key[i] for key in pieces}) for i in (0, 1))
-    if name.startswith("router.") or len(parts) == 1:
+    if name not in OF_STACKED or len(parts) == 1:
         return torch.cat([pieces[first, 0] for first in firsts])
     dim = 2 if name == "w2" else 1
     halves = 2 if gated and name != "w2" else 1
@@ -194,3 +215,37 @@ def _experts_together(name, pieces, gated):
             for first in firsts
         ]
     )
+
+
+def messages():
+    """The errors of layers that cannot be, by case."""
+    from fastmoe.integrations.megatron import FastMoELayer
+
+    cases = {
+        "other number": ({}, {"num_experts": 8}),
+        "unsupported": ({"moe_input_jitter_eps": 0.1}, {}),
+        "two routers": ({"moe_aux_loss_coeff": 0.1}, {"router": "switch"}),
+        "unknown kind": ({"moe_router_load_balancing_type": "by chance"}, {}),
+        "activation": ({"gated_linear_unit": True, "activation_func": torch.tanh}, {}),
+        "submodules": ({}, {"submodules": object()}),
+    }
+    return {name: _message(lambda o=o, k=k: FastMoELayer(config_of(**o), **k)) for name, (o, k) in cases.items()}
+
+
+def messages_of_two():
+    """As `messages`, for two processes of tensor parallelism whose experts are whole."""
+    from fastmoe.integrations.megatron import FastMoELayer
+
+    def without_sequence_parallelism():
+        layer = FastMoELayer(config_of(sequence_parallel=False))
+        layer(torch.randn(S, B, D))
+
+    return {"no sequence parallelism": _message(without_sequence_parallelism)}
+
+
+def _message(make):
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return "no error"
