@@ -60,7 +60,6 @@ def check(layer, num_tokens=T):
         (nn.SiLU(), "silu"),
         (F.silu, "silu"),
     ],
-    ids=str,
 )
 def test_activations_that_the_kernel_knows(activation, name, calls):
     check(build(activation))
