@@ -64,11 +64,11 @@ def dense(overrides=None, spec=None):
     return gpt({"num_moe_experts": None, **(overrides or {})}, spec)
 
 
-def batch(step, size=4):
+def batch(number, size=4):
     """Token ids and labels of this process's share of `size` sequences, the same tokens in any layout."""
     from megatron.core import parallel_state
 
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(number)
     drawn = torch.randint(VOCABULARY, (size, LENGTH + 1), generator=generator)
     share = drawn.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
     return {"tokens": share[:, :-1].contiguous(), "labels": share[:, 1:].contiguous()}

@@ -17,14 +17,14 @@ class Trained:
 
     losses: list[float]
     norms: list[float]
-    gradients: dict[str, torch.Tensor]  # of the first step
+    gradients: dict[str, torch.Tensor]  # of the first step; none with a distributed optimizer
     values: dict[str, torch.Tensor]
 
 
 def trained(version, world, *, tp=1, pp=1, ep=1, etp=None, **options):
     """What `train(**options)` came to, in this layout."""
     answers = run(version, world, train, tp=tp, pp=pp, ep=ep, etp=etp, **options)
-    losses = next(losses for losses, *_ in answers if losses)
+    losses = next((losses for losses, *_ in answers if losses), [])
     norms = answers[0][1]
     assert all(one[1] == norms for one in answers)
     return Trained(losses, norms, whole(one[2] for one in answers), whole(one[3] for one in answers))
@@ -37,28 +37,30 @@ def train(
     convert=None,
     *,
     steps=3,
-    first_step=0,
     micro_batches=1,
     load=None,
+    load_optimizer=True,
     save=None,
     **optimizer_options,
 ):
     """Train `make(overrides, spec)`, or what `convert` makes of it, and return what `trained` puts together.
 
-    `load`, `save`: folders of checkpoints of the model and its optimizer. Its first values are the same in any layout.
+    Its first values are the same in any layout; so is the batch, of every step. `load`, `save`: folders of checkpoints.
     """
     model = make(overrides, spec)
     if convert:
         model = convert(model)
     fill(model)
-    model = parallel(model, optimizer_options.get("use_distributed_optimizer", False))
+    spread = optimizer_options.get("use_distributed_optimizer", False)  # then no process holds whole gradients
+    model = parallel(model, spread)
     optimizer = optimizer_of(model, **optimizer_options)
     if load:
-        load_checkpoint(load, model, optimizer)
-    losses, norms, first = [], [], None
-    for step in range(first_step, first_step + steps):
-        losses += forward_backward(model, step, micro_batches)
-        first = first or gradients(model.module)
+        load_checkpoint(load, model, optimizer if load_optimizer else None)
+    losses, norms, first = [], [], []
+    for _ in range(steps):
+        losses += forward_backward(model, micro_batches)
+        if not first and not spread:
+            first = gradients(model.module)
         _, norm, _ = optimizer.step()
         norms.append(float(norm))
         model.zero_grad_buffer()
@@ -91,12 +93,12 @@ def optimizer_of(model, **options):
     return get_megatron_optimizer(OptimizerConfig(**options), [model])
 
 
-def forward_backward(model, step, micro_batches):
+def forward_backward(model, micro_batches):
     """Megatron's schedule for this layout. In a list, the loss of the whole batch; nothing before the last stage."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    given = [batch(step * micro_batches + number, SEQUENCES) for number in range(micro_batches)]
+    given = [batch(number, SEQUENCES) for number in range(micro_batches)]
     reported = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=iter(given),
@@ -127,14 +129,21 @@ def save_checkpoint(folder, model, optimizer):
     dist_checkpointing.save(_state(model, optimizer, loading=False), str(folder))
 
 
-def load_checkpoint(folder, model, optimizer):
+def load_checkpoint(folder, model, optimizer=None):
+    """The model's values and, where one is given, the optimizer's: from another layout, for Megatron's own optimizers,
+    only where both have expert parallelism or neither.
+    """
     from megatron.core import dist_checkpointing
 
     state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(folder))
     model.module.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    if optimizer:
+        optimizer.load_state_dict(state["optimizer"])
 
 
 def _state(model, optimizer, loading):
     values = model.module.sharded_state_dict()
-    return {"model": values, "optimizer": optimizer.sharded_state_dict(values, is_loading=loading)}
+    if not optimizer:
+        return {"model": values}
+    how = {"distrib_optim_sharding_type": "fully_reshardable"}  # the distributed optimizer's way that is not deprecated
+    return {"model": values, "optimizer": optimizer.sharded_state_dict(values, is_loading=loading, metadata=how)}
