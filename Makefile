@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MEGATRON_NEWEST := 0.19.2
 # A worker for each processor, as most tests use but one; a file's tests stay together and share what its fixtures made.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	--numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint bench clean
 

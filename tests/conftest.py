@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,26 @@ if not torch.cuda.is_available():
 import fastmoe.kernels.torch_ops.mlp
 import fastmoe.kernels.torch_ops.ops
 from fastmoe.kernels.torch_ops.layout import GroupedLayout, LoopLayout, PaddedLayout
+
+STARTED_FIRST = [
+    Path(__file__).parent / name
+    for name in (
+        "train/test_processes.py",
+        "kernels/test_triton_compile.py",
+        "train/test_interruption.py",
+        "examples/test_examples.py",
+    )
+]
+"""Each takes a worker a minute or so: last, it would keep the others waiting."""
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several workers, which take files in this order
+        items.sort(key=lambda item: item.path not in STARTED_FIRST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay: no collection needs to look through them again
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +55,7 @@ def poison(monkeypatch):
 
     with torch.device("cpu"):
         torch.empty(0)  # a device context remembers the constructors that it first finds: they must be the real ones
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()  # and so does torch.compile
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "frombuffer")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
