@@ -12,7 +12,7 @@ from fastmoe.experts import MLPExperts
 from fastmoe.integrations.megatron.arguments import OF_THE_INSIDE, check_supported, inside_options
 from fastmoe.integrations.megatron.build import mark_expert, place_of, start_experts
 from fastmoe.integrations.megatron.groups import Groups
-from fastmoe.integrations.megatron.sharded import stacked_state_dict
+from fastmoe.integrations.megatron.sharded import forget_extra_states, stacked_state_dict
 from fastmoe.kernels import Plan
 from fastmoe.parallel.hidden import check_hidden, split_dimension, split_hidden
 
@@ -61,6 +61,7 @@ class FastMoEExperts(MegatronModule):
         if device != "meta":
             self.stacked.to_empty(device=device)
             start_experts(self.stacked, config, seed)
+        forget_extra_states(self)
         for parameter_name, parameter in self.stacked.named_parameters():
             mark_expert(parameter, self.groups, split=split_dimension(parameter_name) is not None)
 

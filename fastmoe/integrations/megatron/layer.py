@@ -14,7 +14,7 @@ from fastmoe.integrations.megatron.arguments import layer_options
 from fastmoe.integrations.megatron.build import build_moe
 from fastmoe.integrations.megatron.groups import Groups
 from fastmoe.integrations.megatron.losses import attach_losses
-from fastmoe.integrations.megatron.sharded import layer_state_dict
+from fastmoe.integrations.megatron.sharded import forget_extra_states, layer_state_dict
 from fastmoe.layer import MoE
 from fastmoe.routers import SoftRouter
 
@@ -73,6 +73,7 @@ class FastMoELayer(MegatronModule):
         self.is_mtp_layer = is_mtp_layer
         self.layer_number = layer_number
         self.recompute = _recomputed(config)
+        forget_extra_states(self)
         self.by_sequence = _goes_by_sequence(self.moe, config, self.groups)
 
     def set_layer_number(self, layer_number: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_object_for_checkpoint
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
@@ -42,6 +42,9 @@ def layer_state_dict(
             found[f"{prefix}moe.{name}"] = make_sharded_tensor_for_checkpoint(
                 tensor, key, offsets, tp_group=groups.tp, dp_cp_group=metadata["dp_cp_group"]
             )
+    if moe.shared is not None:
+        replica = (0, groups.tp.rank(), metadata["dp_cp_group"].rank())
+        found |= _extra_states(f"{prefix}moe.shared.", f"{prefix}shared_experts.", offsets, replica)
     where = f"{prefix}moe.experts."
     if isinstance(moe.experts, ModuleExperts):
         return found | dict(_modules_state_dict(moe.experts, groups, where, f"{prefix}experts.", offsets))
@@ -71,7 +74,30 @@ def stacked_state_dict(
         found[prefix + name] = ShardedTensorFactory(
             f"{key_prefix}experts.{{}}{KEYS[name]}", stacked, shards.build, shards.merge, shards.replica
         )
+    for number in experts.held:
+        where = f"{number}." if one_by_one else ""
+        within = offsets if one_by_one else (*offsets, (len(offsets), number, experts.num_experts))
+        replica = (0, groups.expert_tp.rank, groups.expert_dp_rank)
+        found |= _extra_states(f"{prefix}{number}.", f"{key_prefix}experts.{where}", within, replica)
     return found
+
+
+def _extra_states(prefix: str, key_prefix: str, offsets: tuple[Any, ...], replica: Any) -> dict[str, Any]:
+    """What Megatron's two linear layers write beside their weights, and want to read: nothing, but it must be there."""
+    names = [f"{linear}._extra_state" for linear in ("linear_fc1", "linear_fc2")]
+    return {
+        prefix + name: make_sharded_object_for_checkpoint(None, key_prefix + name, offsets, replica) for name in names
+    }
+
+
+def forget_extra_states(module: nn.Module) -> None:
+    """Have `load_state_dict` pass over what `_extra_states` put into the state dict."""
+
+    def forget(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for key in [key for key in state if key.startswith(prefix) and key.endswith("._extra_state")]:
+            del state[key]
+
+    module.register_load_state_dict_pre_hook(forget)
 
 
 @dataclass(frozen=True)
