@@ -13,11 +13,15 @@ from fastmoe.convert.targets import Target
 
 @dataclass(frozen=True)
 class Host:
-    """A library: module and class of its models, and the integration that has `adopt(model, native)` for them."""
+    """A library: module and class of its models, and the integration for them.
+
+    It has `adopt(model, native)`, called after the blocks are replaced; or where `replaces`, a `moefy` of its own.
+    """
 
     module: str
     model_class: str
     integration: str
+    replaces: bool = False
 
     def made(self, model: nn.Module) -> bool:
         """Whether a model of this library is in `model`."""
@@ -26,7 +30,10 @@ class Host:
         return cls is not None and any(isinstance(part, cls) for part in model.modules())
 
 
-HOSTS = (Host("transformers.modeling_utils", "PreTrainedModel", "fastmoe.integrations.huggingface"),)
+HOSTS = (
+    Host("transformers.modeling_utils", "PreTrainedModel", "fastmoe.integrations.huggingface"),
+    Host("megatron.core.transformer.module", "MegatronModule", "fastmoe.integrations.megatron", replaces=True),
+)
 
 
 def moefy(
@@ -48,7 +55,8 @@ def moefy(
     must take rows `(rows, D)`. Blocks that are a MoE already are left alone: a second call changes nothing.
 
     A model of Hugging Face transformers becomes one of a model type of its own, `fastmoe_gpt2` for `gpt2`, which
-    `save_pretrained` and the Auto classes know once `fastmoe.integrations.huggingface` is imported.
+    `save_pretrained` and the Auto classes know once `fastmoe.integrations.huggingface` is imported. Of a model of
+    Megatron-Core the MLPs are replaced as `fastmoe.integrations.megatron.moefy` says.
 
     Args:
         model: any module. Its device, dtype, mode and frozen weights are kept; a block used in several places becomes
@@ -77,14 +85,18 @@ def moefy(
         torch's fused eval path of `nn.TransformerEncoder` knows dense weights only and is switched off. It gives zeros
         at padding positions; the ordinary path computes them like any other.
     """
-    hosts = [importlib.import_module(host.integration) for host in HOSTS if host.made(model)]
-    if to_native and not hosts:
+    found = [host for host in HOSTS if host.made(model)]
+    hosts = [importlib.import_module(host.integration) for host in found]
+    if to_native and (not hosts or any(host.replaces for host in found)):
         raise ValueError(f"to_native= is for models of transformers, got {type(model).__name__}")
+    for host, integration in zip(found, hosts, strict=True):
+        if host.replaces:
+            return integration.moefy(model, num_experts, top_k, target=target, init=init, every=every, **moe_options)
     before = [(part, type(part), dict(vars(part)), dict(part._modules)) for part in model.modules()] if hosts else []
     converted = convert.moefy(model, num_experts, top_k, target=target, init=init, every=every, **moe_options)
     try:
-        for host in hosts:
-            converted = host.adopt(converted, to_native)
+        for integration in hosts:
+            converted = integration.adopt(converted, to_native)
     except BaseException:
         for part, cls, attributes, children in before:
             part.__class__ = cls

@@ -1,7 +1,11 @@
 """Whole models, trained by Megatron-Core's schedules and optimizer: the same numbers as with its own MoE layer."""
 
+import functools
+
 import pytest
 import torch
+from megatron_hybrid import hybrid
+from megatron_layouts import LAYOUTS, RECOMPUTE, assert_same
 from megatron_models import batch, gpt, loss_of
 from megatron_processes import run
 from megatron_training import trained
@@ -10,75 +14,77 @@ from model_cases import dense_spec, experts_spec, fresh, layer_spec
 
 GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
 BALANCED = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 0.01}
+SGD = {"optimizer": "sgd", "lr": 0.1}  # Adam would make as much of a small difference as of a large one
 DEPTHS = {
     "experts": {"spec": experts_spec},
     "layer": {"spec": layer_spec},
     "moefy": {"spec": dense_spec, "convert": fresh},
 }
-LAYOUTS = {
-    "ep 2": (2, {"ep": 2}),
-    "2 replicas": (2, {}),
-    "tp 2, ep 2 over it": (2, {"tp": 2, "ep": 2, "etp": 1}),
-    "tp 2": (2, {"tp": 2, "etp": 2}),
-    "pp 2": (2, {"pp": 2}),
-}
-
-
-def close(got, expected, rtol=1e-4):
-    torch.testing.assert_close(got.losses, expected.losses, rtol=rtol, atol=0)
-    torch.testing.assert_close(
-        got.norms, expected.norms, rtol=10 * rtol, atol=0
-    )  # Adam makes much of small differences
-    assert set(got.values) == set(expected.values)
-    for name, value in expected.gradients.items():
-        torch.testing.assert_close(got.gradients[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture(scope="module")
 def own(version):
     """Megatron's own MoE layer on one process."""
-    return trained(version, 1, overrides=GATED | BALANCED)
+    return trained(version, 1, overrides=GATED | BALANCED, **SGD)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_numbers_are_those_of_megatrons_layer(version, own, depth):
-    got = trained(version, 1, overrides=GATED | BALANCED, **DEPTHS[depth])
-    close(got, own)
-    assert got.losses[-1] < got.losses[0]
+    assert_same(trained(version, 1, overrides=GATED | BALANCED, **DEPTHS[depth], **SGD), own)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("depth", ["layer", "experts"])
-def test_layout_changes_no_number(version, depth, layout):
-    world, sizes = LAYOUTS[layout]
-    if depth == "experts" and sizes.get("etp") == 2:
-        pytest.skip("Megatron's dispatcher gathers uneven rows then, which gloo cannot")
-    parallel = {"sequence_parallel": "tp" in sizes}
-    micro_batches = 2 if "pp" in sizes else 1
-    case = {"micro_batches": micro_batches, **DEPTHS[depth]}
-    expected = trained(version, 1, overrides=GATED, **case)
-    close(trained(version, world, overrides=GATED | parallel, **sizes, **case), expected)
+@functools.cache
+def alone(version, depth, micro_batches=1, make=gpt):
+    return trained(version, 1, overrides=GATED, make=make, micro_batches=micro_batches, **DEPTHS[depth])
 
 
-RECOMPUTED = {
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-}
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ep2, allgather"])
+def test_layouts(version, layout):
+    world, sizes, overrides = LAYOUTS[layout]
+    assert_same(trained(version, world, overrides=GATED | overrides, spec=layer_spec, **sizes), alone(version, "layer"))
 
 
-@pytest.mark.parametrize("recomputed", RECOMPUTED)
-def test_recomputing_changes_no_number(version, own, recomputed):
-    overrides = GATED | BALANCED | RECOMPUTED[recomputed]
-    close(trained(version, 2, ep=2, overrides=overrides | UNBALANCED, spec=layer_spec), unbalanced(version))
-    close(trained(version, 1, overrides=overrides, spec=layer_spec), own)
+@pytest.mark.parametrize("layout", ["ep2", "ep2, allgather", "tp2 ep2 etp2", "pp2"])
+def test_layouts_of_experts_alone(version, layout):
+    world, sizes, overrides = LAYOUTS[layout]
+    found = trained(version, world, overrides=GATED | overrides, spec=experts_spec, **sizes)
+    assert_same(found, alone(version, "experts"))
 
 
-UNBALANCED = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None}
+@pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
+def test_layouts_of_a_hybrid_model(version, layout):
+    world, sizes, overrides = LAYOUTS[layout]
+    found = trained(version, world, make=hybrid, overrides=GATED | overrides, spec=layer_spec, **sizes)
+    assert_same(found, alone(version, "layer", make=hybrid))
 
 
-def unbalanced(version):
-    return trained(version, 1, overrides=GATED, spec=layer_spec)
+def test_micro_batches_on_a_pipeline(version):
+    found = trained(version, 4, pp=2, ep=2, overrides=GATED, spec=layer_spec, micro_batches=3)
+    assert_same(found, alone(version, "layer", 3))
+
+
+@pytest.mark.parametrize("what", RECOMPUTE)
+def test_recompute(version, own, what):
+    found = trained(version, 2, ep=2, overrides=GATED | RECOMPUTE[what], spec=layer_spec)
+    assert_same(found, alone(version, "layer"))
+    assert_same(trained(version, 1, overrides=GATED | BALANCED | RECOMPUTE[what], spec=layer_spec, **SGD), own)
+
+
+def test_losses_fall(version):
+    losses = trained(version, 2, ep=2, overrides=GATED | BALANCED, spec=layer_spec, steps=5).losses
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_distributed_optimizer(version):
+    found = trained(version, 2, ep=2, overrides=GATED, spec=layer_spec, use_distributed_optimizer=True)
+    assert_same(found, alone(version, "layer"))
+
+
+@pytest.mark.parametrize("spec", [layer_spec, experts_spec])
+def test_bfloat16(version, spec):
+    overrides = GATED | {"bf16": True, "params_dtype": torch.bfloat16}
+    found = trained(version, 2, ep=2, overrides=overrides, spec=spec)
+    torch.testing.assert_close(found.losses, alone(version, "layer").losses, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("inside", [{"add_bias_linear": True}, GATED | {"moe_shared_expert_intermediate_size": 20}])
@@ -139,9 +145,9 @@ def test_checkpoints_with_biases_are_megatrons_own(version, tmp_path, swap):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("layout", ["one", "ep 2", "tp 2, ep 2 over it", "tp 2"])
+@pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2", "tp2 ep2 etp1"])
 def test_upcycling_keeps_the_outputs(version, layout, gated, top_k):
-    world, sizes = (1, {}) if layout == "one" else LAYOUTS[layout]
+    world, sizes, _ = LAYOUTS[layout]
     answers = run(version, world, before_and_after, gated, top_k, sequence_parallel="tp" in sizes, **sizes)
     for before, after, names in answers:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)

@@ -6,5 +6,6 @@ from fastmoe.integrations.megatron.convert import moefy
 from fastmoe.integrations.megatron.experts import FastMoEExperts
 from fastmoe.integrations.megatron.layer import FastMoELayer
 from fastmoe.integrations.megatron.spec import gpt_layer_spec
+from fastmoe.integrations.megatron.values import same_values
 
-__all__ = ["FastMoEExperts", "FastMoELayer", "gpt_layer_spec", "moefy"]
+__all__ = ["FastMoEExperts", "FastMoELayer", "gpt_layer_spec", "moefy", "same_values"]
