@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 
+from fastmoe._errors import unknown_name
 from fastmoe.integrations.megatron.expert_bias import ExpertBiasRouter
+from fastmoe.layer import MoE
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -69,6 +72,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 OF_THE_INSIDE = ("moe_apply_probs_on_input", "moe_latent_size", "moe_mlp_glu_interleave_size", "moe_paged_stash")
 
+# Arguments of `fastmoe.MoE` that may be given beside a configuration, which says device and dtype itself.
+OPTIONS = tuple(
+    parameter.name
+    for parameter in inspect.signature(MoE).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("device", "dtype")
+)
+
 ACTIVATIONS: tuple[tuple[Callable[..., Any], str, str], ...] = (
     (F.gelu, "gelu", "geglu"),
     (F.silu, "silu", "swiglu"),
@@ -80,9 +90,12 @@ def layer_options(config: TransformerConfig, given: dict[str, Any]) -> dict[str,
     """The keyword arguments of `fastmoe.MoE` that a configuration stands for, under those that are given.
 
     Raises:
-        ValueError: an argument that fastmoe does not have, or that does not go with what is given.
+        ValueError: an argument that fastmoe does not have, or that does not go with what is given; an unknown option.
     """
     check_supported(config, UNSUPPORTED)
+    for name in given:
+        if name not in OPTIONS:
+            raise unknown_name("option", name, OPTIONS)
     options = dict(given)
     if options.get("expert") is None:
         options = inside_options(config) | options
