@@ -31,6 +31,7 @@ def config_of(**overrides):
         "moe_token_dispatcher_type": "alltoall",
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         **overrides,
@@ -92,7 +93,8 @@ def run_layer(kind="layer", overrides=None, options=None, replicas=1, padding=Fa
     x, g = x.to(config.params_dtype), g.to(config.params_dtype)
     here = parallel_state.get_data_parallel_world_size()
     mine = [parallel_state.get_data_parallel_rank()] if here > 1 else list(range(replicas))
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / len(mine)))
+    scale = parallel_state.get_context_parallel_world_size() / len(mine)  # as Megatron's schedules have it
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale))
     outputs, grads = {}, {}
     for replica in mine:
         rows, columns = _rows(config), slice(replica * B, (replica + 1) * B)
@@ -104,16 +106,19 @@ def run_layer(kind="layer", overrides=None, options=None, replicas=1, padding=Fa
             mask = mask[:, rows]
         y, bias = layer(x_part, padding_mask=mask)
         assert bias is None
-        (y * g[rows, columns]).sum().div(len(mine)).backward()
-        outputs[rows.start, replica], grads[rows.start, replica] = y.detach(), x_part.grad * len(mine)
+        (y * g[rows, columns]).sum().mul(scale).backward()
+        outputs[rows.start, replica], grads[rows.start, replica] = y.detach(), x_part.grad / scale
     return {"y": outputs, "dx": grads, "parameters": _reduced(layer, config, kind), "metrics": metrics()}
 
 
 def _rows(config):
+    """This process's part of a sequence."""
     from megatron.core import parallel_state
 
-    size = parallel_state.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
-    rank = parallel_state.get_tensor_model_parallel_rank() if size > 1 else 0
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if config.sequence_parallel:
+        parts = parallel_state.get_tensor_model_parallel_world_size()
+        size, rank = size * parts, rank * parts + parallel_state.get_tensor_model_parallel_rank()
     return slice(rank * S // size, (rank + 1) * S // size)
 
 
@@ -224,6 +229,7 @@ def messages():
     cases = {
         "other number": ({}, {"num_experts": 8}),
         "unsupported": ({"moe_input_jitter_eps": 0.1}, {}),
+        "double": ({"moe_router_dtype": "fp64"}, {}),
         "two routers": ({"moe_aux_loss_coeff": 0.1}, {"router": "switch"}),
         "unknown kind": ({"moe_router_load_balancing_type": "by chance"}, {}),
         "activation": ({"gated_linear_unit": True, "activation_func": torch.tanh}, {}),

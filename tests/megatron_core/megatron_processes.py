@@ -23,7 +23,7 @@ NEWEST = Path(sys.prefix) / "megatron-newest"  # as the Makefile installs it
 VERSIONS = {"installed": importlib.util.find_spec("megatron"), "newest": NEWEST.is_dir()}
 
 
-def run(version, world, function, *args, tp=1, pp=1, ep=1, etp=None, seed=1, limit=60, **kwargs):
+def run(version, world, function, *args, tp=1, pp=1, ep=1, etp=None, cp=1, seed=1, limit=60, **kwargs):
     """What `function(*args, **kwargs)` returns on each of `world` processes, by rank.
 
     There, `parallel_state` has these sizes, and everything is seeded. The function is found by its module and name.
@@ -36,6 +36,7 @@ def run(version, world, function, *args, tp=1, pp=1, ep=1, etp=None, seed=1, lim
         "pipeline_model_parallel_size": pp,
         "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": etp,
+        "context_parallel_size": cp,
     }
     connection = _servers()[version]
     try:

@@ -8,22 +8,25 @@ from megatron_processes import run
 
 GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
 LOSSES = {"moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01}
-# tensor, expert and expert tensor parallel size, on how many processes
+# on how many processes; sizes of tensor, expert, expert tensor and context parallelism
 LAYOUTS = {
-    "2 replicas": (2, 1, 1, 1),
-    "ep 2": (2, 1, 2, 1),
-    "tp 2": (2, 2, 1, 2),
-    "tp 2, ep 2 over it": (2, 2, 2, 1),
-    "tp 2, experts whole on each": (2, 2, 1, 1),
-    "tp 2, ep 2": (4, 2, 2, 2),
-    "tp 2, ep 2 over half": (4, 2, 2, 1),
-    "tp 2, ep 4": (4, 2, 4, 1),
+    "2 replicas": (2, 1, 1, 1, 1),
+    "ep 2": (2, 1, 2, 1, 1),
+    "tp 2": (2, 2, 1, 2, 1),
+    "tp 2, ep 2 over it": (2, 2, 2, 1, 1),
+    "tp 2, experts whole on each": (2, 2, 1, 1, 1),
+    "tp 2, ep 2": (4, 2, 2, 2, 1),
+    "tp 2, ep 2 over half": (4, 2, 2, 1, 1),
+    "tp 2, ep 4": (4, 2, 4, 1, 1),
+    "cp 2": (2, 1, 1, 1, 2),
+    "cp 2, ep 2": (2, 1, 2, 1, 2),
+    "cp 2, tp 2": (4, 2, 1, 2, 2),
 }
 
 
 def on(version, layout, **options):
-    world, tp, ep, etp = LAYOUTS[layout]
-    return put_together(run(version, world, run_layer, tp=tp, ep=ep, etp=etp, replicas=2, **options))
+    world, tp, ep, etp, cp = LAYOUTS[layout]
+    return put_together(run(version, world, run_layer, tp=tp, ep=ep, etp=etp, cp=cp, replicas=2, **options))
 
 
 def close(got, expected, atol, but=()):
@@ -48,12 +51,12 @@ def alone(version):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_changes_no_number(version, alone, layout):
-    world, tp, _, etp = LAYOUTS[layout]
+    world, tp, _, etp, cp = LAYOUTS[layout]
     case = {"overrides": GATED | LOSSES | {"add_bias_linear": etp == 1}}  # Megatron forbids both together
     got, expected = on(version, layout, **case), alone(**case)
     close(got, expected, 1e-12)
     for name, value in expected["metrics"].items():  # of micro-batches the sum, of replicas the mean
-        torch.testing.assert_close(got["metrics"][name], value / (world // tp))
+        torch.testing.assert_close(got["metrics"][name], value / (world // (tp * cp)))
 
 
 @pytest.mark.parametrize("layout", ["ep 2", "tp 2", "tp 2, ep 2 over it"])
@@ -65,7 +68,7 @@ def test_padding_counts_in_no_loss(version, alone, layout):
     assert not torch.allclose(alone(**case)["router.weight"], without["router.weight"])
 
 
-@pytest.mark.parametrize("layout", ["ep 2", "tp 2", "tp 2, ep 2 over it"])
+@pytest.mark.parametrize("layout", ["ep 2", "tp 2", "tp 2, ep 2 over it", "cp 2, tp 2"])
 @pytest.mark.parametrize(
     "more",
     [
@@ -159,6 +162,7 @@ def test_the_layer_says_what_it_cannot_do(version):
     messages = run(version, 1, layer_cases.messages)[0]
     expected = {
         "other number": "num_experts=8, but the configuration says num_moe_experts=4",
+        "double": "moe_router_dtype",
         "unsupported": "fastmoe has no moe_input_jitter_eps: leave it at None, got 0.1",
         "two routers": "moe_aux_loss_coeff=0.1 is for the router that Megatron's arguments describe",
         "unknown kind": "moe_router_load_balancing_type must be one of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -87,16 +88,20 @@ ACTIVATIONS: tuple[tuple[Callable[..., Any], str, str], ...] = (
 
 
 def layer_options(config: TransformerConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `fastmoe.MoE` that a configuration stands for, under those that are given.
+    """The keyword arguments of `fastmoe.MoE` that a configuration stands for, under those that are given, in copies.
 
     Raises:
         ValueError: an argument that fastmoe does not have, or that does not go with what is given; an unknown option.
     """
     check_supported(config, UNSUPPORTED)
+    if config.moe_router_dtype == "fp64":
+        raise ValueError(
+            "moe_router_dtype must be None or 'fp32': routing is in float32 where the model is; got 'fp64'"
+        )
     for name in given:
         if name not in OPTIONS:
             raise unknown_name("option", name, OPTIONS)
-    options = dict(given)
+    options = {name: copy.deepcopy(value) for name, value in given.items()}  # no two layers share a module
     if options.get("expert") is None:
         options = inside_options(config) | options
     if shared := getattr(config, "moe_shared_expert_intermediate_size", None):
