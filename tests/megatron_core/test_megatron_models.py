@@ -63,6 +63,24 @@ def test_micro_batches_on_a_pipeline(version):
     assert_same(found, alone(version, "layer", 3))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_balance_losses_over_micro_batches_and_replicas(version, per_token):
+    case = {"overrides": GATED | BALANCED | {"calculate_per_token_loss": per_token}, "ep": 2, **SGD}
+    micro_batches = 1 if per_token else 2  # the tests' loss does not say how many tokens it is of
+    ours, theirs = (trained(version, 2, spec=spec, micro_batches=micro_batches, **case) for spec in (layer_spec, None))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2)])
+def test_gradient_norms_with_biases(version, world, ep):
+    """Over a tensor parallel group that holds whole experts: different ones, or copies."""
+    biased = {"add_bias_linear": True}
+    found = trained(
+        version, world, tp=2, ep=ep, etp=1, overrides=biased | {"sequence_parallel": True}, spec=layer_spec, **SGD
+    )
+    assert_same(found, trained(version, 1, overrides=biased, spec=layer_spec, **SGD))
+
+
 @pytest.mark.parametrize("what", RECOMPUTE)
 def test_recompute(version, own, what):
     found = trained(version, 2, ep=2, overrides=GATED | RECOMPUTE[what], spec=layer_spec)
