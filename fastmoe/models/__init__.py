@@ -1,7 +1,19 @@
 """Flat, readable reference models."""
 
 from fastmoe.models.common import language_model_step
+from fastmoe.models.evaluate import evaluate_bits_per_byte, evaluate_nats
 from fastmoe.models.gpt import GPT, GPTConfig
+from fastmoe.models.lstm import LSTMConfig, LSTMLanguageModel
 from fastmoe.models.transformer_xl import TransformerXL, TransformerXLConfig
 
-__all__ = ["GPT", "GPTConfig", "TransformerXL", "TransformerXLConfig", "language_model_step"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "LSTMConfig",
+    "LSTMLanguageModel",
+    "TransformerXL",
+    "TransformerXLConfig",
+    "evaluate_bits_per_byte",
+    "evaluate_nats",
+    "language_model_step",
+]

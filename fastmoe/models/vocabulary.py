@@ -43,7 +43,8 @@ class TiedAdaptive(nn.Module):
     Tokens are numbered from frequent to rare. Those below `cutoffs[0]` are in the head; cluster i of the rest has
     vectors of width `d_model / div_value ** (i + 1)` and a projection, used in both directions as in Baevski and Auli
     2019 (1809.10853). `torch.nn.AdaptiveLogSoftmaxWithLoss` holds all of them: nothing is stored twice, so the tie is
-    exact, also in a checkpoint. It projects even where `div_value` is 1, and runs without autocast, which it does not know.
+    exact, also in a checkpoint. It projects even where `div_value` is 1, and runs without autocast, which it does not
+    know.
     """
 
     def __init__(self, vocab_size: int, d_model: int, cutoffs: Sequence[int], div_value: float) -> None:
