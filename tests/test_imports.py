@@ -21,13 +21,13 @@ RANKS = {
     "parameters": 5, "load_monitor": 5, "token_ids": 5,
     "parallel": 6,
     "convert": 7, "models": 7,
-    "integrations": 8,
+    "integrations": 8, "tabular": 8,
     "hosts": 9, "train": 9, "bench": 9, "check": 9, "plan": 9,
     "tune": 10,
     "cli": 11,
     "__main__": 12,
 }  # fmt: skip
-EXTRAS = {"triton", "transformers", "megatron", "matplotlib", "tensorboard", "tyro", "rich", "numpy", "plotly"}
+EXTRAS = {"triton", "transformers", "megatron", "matplotlib", "tensorboard", "tyro", "rich", "numpy", "plotly", "polars"}
 
 
 def imported_modules(source, package):
