@@ -1,0 +1,72 @@
+"""Reads the Census-Income (KDD) set: https://archive.ics.uci.edu/dataset/117/census+income+kdd."""
+
+import io
+from pathlib import Path
+
+import polars as pl
+
+# In the order of the file. `instance_weight` is the row's weight in the population, which the set's description tells
+# a classifier not to use.
+COLUMNS = (
+    "age", "class_of_worker", "industry_code", "occupation_code", "education", "wage_per_hour", "enrolled_in_edu",
+    "marital_status", "industry", "occupation", "race", "hispanic_origin", "sex", "union_member", "unemployment_reason",
+    "employment_status", "capital_gains", "capital_losses", "dividends", "tax_filer_status", "previous_region",
+    "previous_state", "household_and_family", "household_summary", "instance_weight", "migration_msa", "migration_reg",
+    "migration_within_reg", "same_house_last_year", "previous_in_sunbelt", "num_persons_worked_for",
+    "family_members_under_18", "father_birth_country", "mother_birth_country", "self_birth_country", "citizenship",
+    "self_employed", "veterans_questionnaire", "veterans_benefits", "weeks_worked", "year", "income",
+)  # fmt: skip
+AMOUNTS = ("wage_per_hour", "capital_gains", "capital_losses", "dividends")  # mostly 0, with a long tail
+COUNTS = ("age", "num_persons_worked_for", "weeks_worked")
+INCOMES = {"- 50000.": 0, "50000+.": 1}
+NEVER_MARRIED = "Never married"
+TASKS = ("income above 50K", "never married")
+EXCLUDED = ("education", "marital_status", "instance_weight", "income")
+"""No features: what the paper's tasks predict (section 6.3), and the weight."""
+NOMINAL = tuple(name for name in COLUMNS if name not in (*AMOUNTS, *COUNTS, *EXCLUDED))
+
+ONE_ROW = "a row is 42 values with commas between them and no header, as in census-income.data and census-income.test"
+
+
+def read_census(path: Path) -> pl.DataFrame:
+    """The rows of a file, as it comes from the archive or compressed by gzip: numbers as float64, the rest as text.
+
+    Raises:
+        ValueError: no such file, or none of this set; the message says what was expected and what came.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        frame = pl.read_csv(
+            io.BytesIO(path.read_bytes()), has_header=False, infer_schema=False, quote_char=None, raise_if_empty=False
+        )
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path}: {ONE_ROW}; got what is no table: {str(error).splitlines()[0]}") from error
+    if frame.width != len(COLUMNS):
+        raise ValueError(f"{path}: {ONE_ROW}; got {frame.height} rows of {frame.width}")
+    frame = frame.rename(dict(zip(frame.columns, COLUMNS, strict=True)))
+    frame = frame.with_columns(pl.all().str.strip_chars())
+    _check_labels(frame, path)
+    return _with_numbers(frame, path)
+
+
+def _check_labels(frame: pl.DataFrame, path: Path) -> None:
+    other = frame.filter(~pl.col("income").is_in(list(INCOMES)) | pl.col("income").is_null())
+    if other.height:
+        raise ValueError(
+            f"{path}: the last value of a row must be one of {list(INCOMES)}; got {other['income'][0]!r} "
+            f"and {other.height - 1} more rows of the kind"
+        )
+    if NEVER_MARRIED not in frame["marital_status"]:
+        raise ValueError(f"{path}: no row has {NEVER_MARRIED!r} as its 8th value: are the columns in another order?")
+
+
+def _with_numbers(frame: pl.DataFrame, path: Path) -> pl.DataFrame:
+    for name in (*AMOUNTS, *COUNTS):
+        numbers = frame[name].cast(pl.Float64, strict=False)
+        bad = frame[name].filter(numbers.is_null() | ~numbers.is_finite() | (numbers < 0))
+        if len(bad):
+            place = COLUMNS.index(name) + 1
+            raise ValueError(f"{path}: value {place} of a row ({name}) must be a number >= 0; got {bad[0]!r}")
+        frame = frame.with_columns(numbers)
+    return frame

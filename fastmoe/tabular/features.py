@@ -1,0 +1,114 @@
+"""Census-Income as tensors: the two tasks of the MMoE paper (section 6.3, group 1), split and one-hot."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from fastmoe._seeds import mix
+from fastmoe.tabular.census import AMOUNTS, COUNTS, INCOMES, NEVER_MARRIED, NOMINAL, TASKS, read_census
+
+NAMES = ("train", "valid", "test")
+SHARES = (0.6, 0.2, 0.2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features `(T, D)` and labels `(T, K)`, 0 or 1, float32."""
+
+    x_TD: Tensor
+    y_TK: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x_TD)
+
+
+@dataclass(frozen=True)
+class Census:
+    """Rows to train on, to stop early by, and to report; `sha256` of each file that they come from."""
+
+    train: Rows
+    valid: Rows
+    test: Rows
+    features: tuple[str, ...]
+    sha256: dict[str, str]
+    tasks: tuple[str, ...] = TASKS
+
+
+def load_census(paths: Sequence[Path], split_seed: int = 0) -> Census:
+    """The set, split and prepared.
+
+    Args:
+        paths: one file, split 60/20/20; or the archive's two, the training file first, of which the second is halved
+            into validation and test rows as in the paper.
+        split_seed: of the split.
+
+    Raises:
+        ValueError: not one or two files, files of another kind, or too few rows for both classes in each part.
+    """
+    if len(paths) not in (1, 2):
+        raise ValueError(f"data must be one file, or the training file and the test file; got {len(paths)} files")
+    frames = split([read_census(path) for path in paths], split_seed)
+    encoder = Encoder(frames[0])
+    parts = {name: Rows(encoder(frame), labels(frame)) for name, frame in zip(NAMES, frames, strict=True)}
+    for name, part in parts.items():
+        _check_classes(name, part)
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return Census(parts["train"], parts["valid"], parts["test"], encoder.names, digests)
+
+
+def split(frames: Sequence[pl.DataFrame], seed: int) -> list[pl.DataFrame]:
+    """Rows to train on, for validation, for the test."""
+    shares = SHARES if len(frames) == 1 else (0.0, 0.5, 0.5)
+    last = frames[-1]
+    generator = torch.Generator().manual_seed(mix(seed, "split"))
+    shuffled = last[torch.randperm(last.height, generator=generator).tolist()]
+    train, valid = round(shares[0] * last.height), round(shares[1] * last.height)
+    parts = [shuffled[:train], shuffled[train : train + valid], shuffled[train + valid :]]
+    return parts if len(frames) == 1 else [frames[0], *parts[1:]]
+
+
+def labels(frame: pl.DataFrame) -> Tensor:
+    income = frame["income"].replace_strict(INCOMES, return_dtype=pl.Float32)
+    single = (frame["marital_status"] == NEVER_MARRIED).cast(pl.Float32)
+    return torch.stack([torch.from_numpy(column.to_numpy().copy()) for column in (income, single)], dim=1)
+
+
+class Encoder:
+    """Turns rows into features, by what the rows to train on have: each value of a nominal column is a feature, 0 or
+    1, and one that they lack is none; amounts are taken as log(1 + amount); numbers have mean 0 and deviation 1."""
+
+    def __init__(self, train: pl.DataFrame) -> None:
+        dummies = train.select(NOMINAL).to_dummies(separator="=")
+        self.values = tuple(dummies.columns)
+        numbers = self._numbers(train)
+        self.mean_C, self.std_C = numbers.mean(0), numbers.std(0).clamp_min(1e-6)
+        self.names = (*AMOUNTS, *COUNTS, *self.values)
+
+    def __call__(self, frame: pl.DataFrame) -> Tensor:
+        dummies = frame.select(NOMINAL).to_dummies(separator="=")
+        absent = [pl.lit(0, dtype=pl.UInt8).alias(name) for name in self.values if name not in dummies.columns]
+        values = dummies.with_columns(absent).select(self.values).to_numpy()
+        numbers = (self._numbers(frame) - self.mean_C) / self.std_C
+        return torch.cat([numbers.float(), torch.from_numpy(values).float()], dim=1)
+
+    @staticmethod
+    def _numbers(frame: pl.DataFrame) -> Tensor:
+        columns = frame.select(pl.col(AMOUNTS).log1p(), pl.col(COUNTS))
+        return torch.from_numpy(columns.to_numpy().copy())
+
+
+def _check_classes(name: str, rows: Rows) -> None:
+    for task, label_T in zip(TASKS, rows.y_TK.unbind(1), strict=True):
+        positives = int(label_T.sum())
+        if not 0 < positives < len(label_T):
+            raise ValueError(
+                f"the {name} rows must have both classes of the task {task!r}; {positives} of {len(label_T)} are "
+                "positive: are the data too few?"
+            )
