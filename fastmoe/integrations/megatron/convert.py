@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ BALANCE = 0.01  # fastmoe's own default, for a configuration that says nothing a
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """An MLP, and where it stands."""
 
     parent: nn.Module
@@ -74,20 +74,25 @@ def moefy(
     check_int("num_experts", num_experts, 1), check_int("top_k", top_k, 1), check_int("every", every, 1)
     check_choice("init", init, INITS)
     check_target(target)
-    if isinstance(model, DistributedDataParallel | Float16Module):
-        raise ValueError(f"moefy wants the model itself, before it is wrapped; got {type(model).__name__}")
-    matches = [place for name, place in _places(model) if names(target, name, place.block)]
+    check_bare(model)
+    matches = [place for name, place in places(model) if names(target, name, place.block)]
     chosen = [place for place in matches if getattr(place.parent, "layer_number", every) % every == 0]
     if not chosen and not (matches or any(isinstance(part, FastMoELayer) for part in model.modules())):
         raise ValueError(f"found no MLP of Megatron-Core that target={target!r} names in {type(model).__name__}")
-    made = _make(chosen, num_experts, top_k, init, moe_options)
-    for place, layer in made:
-        norm_before(place.parent, place.block)
-        place.parent._modules[place.key] = layer
+    said = {id(place.block.config): place.block.config.num_moe_experts for place in chosen}
+    put_layers(chosen, lambda place: _layer(place, num_experts, top_k, init, moe_options, said[id(place.block.config)]))
     return model
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
+def check_bare(model: nn.Module) -> None:
+    """Raises:
+    ValueError: the model is wrapped already.
+    """
+    if isinstance(model, DistributedDataParallel | Float16Module):
+        raise ValueError(f"moefy wants the model itself, before it is wrapped; got {type(model).__name__}")
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """Every dense MLP that is no part of another MoE layer, by its name."""
     inside = {
         id(part) for layer in model.modules() if isinstance(layer, MoELayer | FastMoELayer) for part in layer.modules()
@@ -97,28 +102,30 @@ def _places(model: nn.Module) -> Iterator[tuple[str, _Place]]:
             dense = isinstance(block, MLP) and not isinstance(block, SharedExpertMLP)
             if dense and id(block) not in inside:
                 assert isinstance(block, MLP)
-                yield f"{parent_name}.{key}" if parent_name else key, _Place(parent, key, block)
+                yield f"{parent_name}.{key}" if parent_name else key, Place(parent, key, block)
 
 
-def _make(
-    places: list[_Place], num_experts: int, top_k: int, init: str, options: dict[str, Any]
-) -> list[tuple[_Place, FastMoELayer]]:
-    """The new layers; configurations are as before if one of them cannot be made."""
-    configs = {id(place.block.config): place.block.config for place in places}
+def put_layers(chosen: list[Place], make: Callable[[Place], FastMoELayer]) -> None:
+    """Put `make(place)` in each of these places; in none, and configurations are as before, if one cannot be made."""
+    configs = {id(place.block.config): place.block.config for place in chosen}
     before = {key: config.num_moe_experts for key, config in configs.items()}
     try:
-        return [
-            (place, _layer(place, num_experts, top_k, init, options, before[id(place.block.config)]))
-            for place in places
-        ]
+        made = [(place, make(place)) for place in chosen]
     except BaseException:
         for key, config in configs.items():
             config.num_moe_experts = before[key]
         raise
+    for place, layer in made:
+        weight = place.block.linear_fc2.weight
+        layer.to(weight.device, weight.dtype)
+        if (number := getattr(place.parent, "layer_number", None)) is not None:
+            layer.set_layer_number(number)
+        norm_before(place.parent, place.block)
+        place.parent._modules[place.key] = layer.train(place.block.training)
 
 
 def _layer(
-    place: _Place, num_experts: int, top_k: int, init: str, options: dict[str, Any], said: int | None
+    place: Place, num_experts: int, top_k: int, init: str, options: dict[str, Any], said: int | None
 ) -> FastMoELayer:
     block, config = place.block, place.block.config
     if said is None and options.get("router") in (None, "topk") and balancing_of(config) == ("aux_loss", 0.0):
@@ -128,8 +135,4 @@ def _layer(
     layer = FastMoELayer(config, num_experts, top_k, **options)
     if init == "upcycle":
         copy_dense(layer, block)
-    weight = block.linear_fc2.weight
-    layer.to(weight.device, weight.dtype)
-    if (number := getattr(place.parent, "layer_number", None)) is not None:
-        layer.set_layer_number(number)
-    return layer.train(block.training)
+    return layer
