@@ -7,6 +7,7 @@ of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,14 @@ def draw_weights(model: nn.Module, std: float, residual_std: float, skip: Callab
             parameter.normal_(std=residual_std if name.endswith(RESIDUAL_OUTPUTS) else std)
         if id(parameter) in kept:
             parameter.copy_(kept[id(parameter)])
+
+
+def tokens_go_alone(model: nn.Module) -> bool:
+    """Whether in evaluation no router's answer for a token depends on other tokens, through a capacity or a choice."""
+    routers = [layer.router for layer in fastmoe.moe_layers(model).values()]
+    factors = [getattr(router, "eval_capacity_factor", None) for router in routers]
+    unlimited = all(factor is None or math.isinf(factor) for factor in factors)
+    return unlimited and all(getattr(router, "causal", True) for router in routers)
 
 
 def language_model_step(

@@ -1,8 +1,11 @@
-"""A byte-level GPT to read in a sitting.
+"""A GPT to read in a sitting.
+
+    logits, loss = model(tokens_BS, targets_BS)
 
 Shapes: B sequences, S positions, D model width, H hidden width, V vocabulary, h heads, d width of a head.
 Its feed-forward block has the attributes that `fastmoe.moefy` looks for (`c_fc`, `act`, `c_proj`, `dropout`),
-so that `fastmoe.moefy(GPT(config), num_experts=8)` is all it takes to make it a Mixture-of-Experts.
+so that `fastmoe.moefy(GPT(config), num_experts=8)` is all it takes to make it a Mixture-of-Experts;
+`GPTConfig(num_experts=8)` does it when it is built.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastmoe._errors import check_choice
+from fastmoe.models.attention import CausalSelfAttention, LayerCache
+from fastmoe.models.common import ExpertOptions, draw_weights, put_experts, tokens_go_alone
 
 INIT_STD = 0.02
-RESIDUAL_OUTPUTS = ("c_proj.weight", "experts.w2")
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(ExpertOptions):
     vocab_size: int = 256
     block_size: int = 256
     n_layer: int = 6
@@ -28,38 +35,43 @@ class GPTConfig:
     d_hidden: int | None = None  # 4 * d_model if None
     dropout: float = 0.0
     bias: bool = False
+    n_kv_head: int | None = None  # fewer than n_head: each serves several (Ainslie et al. 2023, 2305.13245)
+    d_head: int | None = None  # d_model / n_head if None
+    positions: str = "learned"  # or "rotary"
+    rotary_base: float = 10000.0
+    norm: str = "layer"  # or "rms"
+    tied: bool = True  # one matrix for the embedding and the head
+    recompute: bool = False  # in the backward pass, the inside of every block: less memory, more time
 
     def __post_init__(self) -> None:
-        if self.d_model % self.n_head:
+        if self.d_head is None and self.d_model % self.n_head:
             raise ValueError(f"d_model must be a multiple of n_head; got d_model={self.d_model}, n_head={self.n_head}")
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head; got {self.n_kv_head}")
+        check_choice("positions", self.positions, ("learned", "rotary"))
+        check_choice("norm", self.norm, ("layer", "rms"))
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"rotary positions need heads of even width; got {self.head_width}")
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.n_head if self.d_head is None else self.d_head
+
+    @property
+    def hidden_width(self) -> int:
+        return 4 * self.d_model if self.d_hidden is None else self.d_hidden
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
-        self.output_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        q_BhSd, k_BhSd, v_BhSd = (
-            part_BSD.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part_BSD in self.qkv_proj(x_BSD).chunk(3, -1)
-        )
-        y_BhSd = F.scaled_dot_product_attention(
-            q_BhSd, k_BhSd, v_BhSd, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.output_dropout(self.c_proj(y_BhSd.transpose(1, 2).flatten(-2)))
+def make_norm(config: GPTConfig) -> nn.Module:
+    return nn.RMSNorm(config.d_model) if config.norm == "rms" else nn.LayerNorm(config.d_model, bias=config.bias)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        d_hidden = 4 * config.d_model if config.d_hidden is None else config.d_hidden
-        self.c_fc = nn.Linear(config.d_model, d_hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.d_model, config.hidden_width, bias=config.bias)
         self.act = nn.GELU()
-        self.c_proj = nn.Linear(d_hidden, config.d_model, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden_width, config.d_model, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -69,13 +81,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.attention_norm = make_norm(config)
         self.attention = CausalSelfAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache)
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
@@ -84,38 +96,43 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = nn.Embedding(config.block_size, config.d_model)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.final_norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.head.weight = self.token_embedding.weight
+        if config.tied:
+            self.head.weight = self.token_embedding.weight
+        put_experts(self, config, config.hidden_width)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Draw every matrix from N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(2 n_layer).
 
         It goes by parameter names, experts included: called after `moefy`, it gives an MoE twin the same start.
         """
-        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                continue
-            if name.endswith(("bias", "experts.b1", "experts.b2")):
-                parameter.zero_()
-            else:
-                parameter.normal_(std=residual_std if name.endswith(RESIDUAL_OUTPUTS) else INIT_STD)
+        draw_weights(self, INIT_STD, INIT_STD / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, S, V), and the mean cross entropy in nats where targets are given."""
-        S, limit = tokens_BS.shape[1], self.config.block_size
-        if limit < S:
-            raise ValueError(f"expected at most block_size={limit} positions; got {S}")
-        positions_S = torch.arange(S, device=tokens_BS.device)
-        x_BSD = self.dropout(self.token_embedding(tokens_BS) + self.position_embedding(positions_S))
-        for block in self.blocks:
-            x_BSD = block(x_BSD)
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, caches: list[LayerCache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, S, V), and the mean cross entropy in nats where targets are given.
+
+        With `caches`, one for each block, the tokens follow those that the caches have seen, and are added to them.
+        """
+        M, S, limit = caches[0].length if caches else 0, tokens_BS.shape[1], self.config.block_size
+        if limit < M + S:
+            raise ValueError(f"expected at most block_size={limit} positions; got {M + S}")
+        x_BSD = self.token_embedding(tokens_BS)
+        if self.config.positions == "learned":
+            x_BSD = x_BSD + self.position_embedding(torch.arange(M, M + S, device=tokens_BS.device))
+        x_BSD = self.dropout(x_BSD)
+        for layer, block in enumerate(self.blocks):
+            if self.config.recompute and self.training and caches is None:
+                x_BSD = checkpoint(block, x_BSD, use_reentrant=False)
+            else:
+                x_BSD = block(x_BSD, caches[layer] if caches else None)
         logits_BSV = self.head(self.final_norm(x_BSD))
         if targets_BS is None:
             return logits_BSV, None
@@ -129,12 +146,23 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        use_cache: bool | None = None,
     ) -> Tensor:
-        """`tokens_BS` with `n` sampled tokens appended; temperature 0 takes the likeliest token each time."""
-        was_training = self.training
+        """`tokens_BS` with `n` sampled tokens appended; temperature 0 takes the likeliest token each time.
+
+        With the cache a step computes the new position alone, to the same logits up to rounding, as long as all fits
+        into `block_size`; past it the context's first token leaves with each step, and everything is computed anew.
+        None uses it unless a router has a capacity or lets experts choose, which makes tokens depend on each other.
+        """
+        was_training, limit = self.training, self.config.block_size
         self.eval()
+        use_cache = tokens_go_alone(self) if use_cache is None else use_cache
+        caches = [LayerCache() for _ in self.blocks] if use_cache else None
         for _ in range(n):
-            logits_BSV, _ = self(tokens_BS[:, -self.config.block_size :])
+            if tokens_BS.shape[1] > limit:
+                caches = None
+            seen = caches[0].length if caches else 0
+            logits_BSV, _ = self(tokens_BS[:, -limit:][:, seen:], caches=caches)
             next_B1 = sample(logits_BSV[:, -1].float(), temperature, top_k, generator)
             tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)
         self.train(was_training)
