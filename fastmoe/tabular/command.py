@@ -1,0 +1,126 @@
+"""The command line of the recipes on tables: `python -m fastmoe.tabular.command mmoe-census --data FILE`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastmoe._errors import unknown_name
+from fastmoe.tabular.fit import FitOptions
+from fastmoe.tabular.plots import LABELS
+from fastmoe.tabular.recipes import run_census, run_synthetic
+from fastmoe.tabular.synthetic import SyntheticOptions
+
+
+@dataclass(frozen=True)
+class CensusCommand:
+    """MMoE, a shared bottom and single tasks, of equal size, on Census-Income: income above 50K, never married."""
+
+    data: tuple[Path, ...]
+    """One file of the set, split 60/20/20; or census-income.data and census-income.test, of which the second is halved
+    into validation and test rows. As they are or compressed by gzip."""
+    out: Path = Path("runs/mmoe-census")
+    """Where census.json, census_auc.png and census_gates.png go."""
+    seeds: int = 5
+    """How many times each model is trained."""
+    models: tuple[str, ...] = ("mmoe", "shared_bottom", "single_task")
+    """Of mmoe, omoe, shared_bottom, single_task."""
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates, of which each model takes the best on the validation rows."""
+    d_expert: int = 8
+    """Width of each of the 8 experts; the widths of the other models follow."""
+    split_seed: int = 0
+    fit: FitOptions = field(default_factory=FitOptions)
+
+    def run(self, show: Any) -> Table:
+        result = run_census(
+            self.data,
+            range(self.seeds),
+            self.out,
+            models=self.models,
+            lrs=self.lrs,
+            d_expert=self.d_expert,
+            options=self.fit,
+            split_seed=self.split_seed,
+            show=show,
+        )
+        return census_table(result)
+
+
+@dataclass(frozen=True)
+class SyntheticCommand:
+    """MMoE, OMoE and a shared bottom, of equal size, on two made-up tasks of a known correlation."""
+
+    out: Path = Path("runs/mmoe-synthetic")
+    """Where synthetic.json and synthetic.png go."""
+    correlations: tuple[float, ...] = (0.5, 0.9, 1.0)
+    seeds: int = 5
+    """How many problems are drawn for each correlation."""
+    models: tuple[str, ...] = ("mmoe", "omoe", "shared_bottom")
+    """Of mmoe, omoe, shared_bottom, single_task."""
+    problem: SyntheticOptions = field(default_factory=SyntheticOptions)
+
+    def run(self, show: Any) -> Table:
+        options = {"models": self.models, "options": self.problem, "show": show}
+        return synthetic_table(run_synthetic(self.correlations, range(self.seeds), self.out, **options))
+
+
+RECIPES: dict[str, type[CensusCommand] | type[SyntheticCommand]] = {
+    "mmoe-census": CensusCommand,
+    "mmoe-synthetic": SyntheticCommand,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a recipe, named first, then its options; 0: done; 2: it cannot be run as asked."""
+    name, *rest = arguments or ["--help"]
+    console = Console(highlight=False)
+    if name in ("-h", "--help"):
+        console.print(f"usage: fastmoe train --recipe NAME [options]; NAME is one of {', '.join(RECIPES)}")
+        return 0
+    try:
+        if name not in RECIPES:
+            raise unknown_name("recipe", name, RECIPES)
+        command = tyro.cli(
+            RECIPES[name], prog=f"fastmoe train --recipe {name}", args=rest, config=(tyro.conf.OmitArgPrefixes,)
+        )
+        table = command.run(console.print)
+    except ValueError as error:
+        print(f"fastmoe train --recipe {name}: {error}", file=sys.stderr)
+        return 2
+    console.print(table)
+    console.print(f"wrote {command.out}")
+    return 0
+
+
+def census_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"test AUC, mean and standard deviation over {len(result['seeds'])} seeds")
+    for column in ("model", "parameters", "lr", *result["tasks"]):
+        table.add_column(column)
+    for model, row in result["models"].items():
+        pairs = zip(row["test_auc_mean"], row["test_auc_std"], strict=True)
+        cells = [f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}") for mean, std in pairs]
+        table.add_row(LABELS[model], f"{row['parameters']:,}", f"{row['lr']:g}", *cells)
+    return table
+
+
+def synthetic_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"held-out loss after {result['steps'][-1]} steps, mean over {len(result['seeds'])} seeds")
+    for column in ("model", "parameters", *(f"correlation {c}" for c in result["losses"])):
+        table.add_column(column)
+    for model, parameters in result["parameters"].items():
+        cells = [statistics.fmean(losses[-1] for losses in rows[model]) for rows in result["losses"].values()]
+        table.add_row(LABELS[model], f"{parameters:,}", *(f"{cell:.4f}" for cell in cells))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""The figures of the experiments on tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+LABELS = {"mmoe": "MMoE", "omoe": "OMoE", "shared_bottom": "shared bottom", "single_task": "single task"}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_gates(gates_SKE: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str], path: Path) -> None:
+    """A heat map for each seed, or whatever the keys name: tasks downwards, experts to the right, mean gate weights."""
+    figure = new_figure(2.3 * len(gates_SKE) + 2.2, 0.5 * len(tasks) + 1.3)
+    panels = figure.subplots(1, len(gates_SKE), squeeze=False, sharey=True)[0]
+    highest = max(max(max(row) for row in gate_KE) for gate_KE in gates_SKE.values())
+    for panel, (title, gate_KE) in zip(panels, gates_SKE.items(), strict=True):
+        image = panel.imshow(gate_KE, vmin=0, vmax=highest, cmap="Blues", aspect="auto")
+        panel.set_title(title, fontsize=9)
+        panel.set_xticks(range(len(gate_KE[0])))
+        panel.set_yticks(range(len(tasks)), tasks)
+    figure.supxlabel("expert", fontsize=9)
+    figure.colorbar(image, ax=panels, label="mean gate weight")
+    save(figure, path)
+
+
+def plot_aucs(aucs: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str], path: Path) -> None:
+    """A panel for each task: every seed's AUC of every model as a point, mean and standard deviation beside them."""
+    figure = new_figure(4 * len(tasks), 3.4)
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for task, panel in enumerate(panels):
+        for place, by_seed in enumerate(aucs.values()):
+            values = [auc_K[task] for auc_K in by_seed]
+            panel.plot([place] * len(values), values, "o", alpha=0.5, color=f"C{place}")
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            panel.errorbar([place + 0.2], [statistics.fmean(values)], [spread], fmt="_k", capsize=4)
+            panel.set_title(tasks[task], fontsize=9)
+        panel.set_xticks(range(len(aucs)), [LABELS.get(model, model) for model in aucs])
+        panel.set_xlim(-0.5, len(aucs) - 0.3)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("test AUC")
+    save(figure, path)
+
+
+def plot_curves(
+    curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], steps: Sequence[int], path: Path
+) -> None:
+    """A panel for each correlation: held-out loss over steps, a line for each model, mean over seeds and the standard
+    error of that mean as a band."""
+    figure = new_figure(3.8 * len(curves), 3.6)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for panel, (correlation, models) in zip(panels, curves.items(), strict=True):
+        for model, by_seed in models.items():
+            draw_band(panel, steps[1:], [losses[1:] for losses in by_seed], LABELS.get(model, model))
+        panel.set_yscale("log")
+        panel.set_title(f"correlation {correlation}", fontsize=10)
+        panel.set_xlabel("steps")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("held-out mean squared error")
+    panels[-1].legend()
+    save(figure, path)
+
+
+def draw_band(panel: Axes, steps: Sequence[int], by_seed: Sequence[Sequence[float]], label: str) -> None:
+    at_step = list(zip(*by_seed, strict=True))
+    means = [statistics.fmean(values) for values in at_step]
+    errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in at_step]
+    (line,) = panel.plot(steps, means, label=label)
+    lows, highs = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+    panel.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,165 @@
+"""The two experiments, from data to JSON and figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fastmoe._errors import check_choice
+from fastmoe.models.mmoe import BOTTOMS, MultiTaskConfig
+from fastmoe.tabular.features import Census, load_census
+from fastmoe.tabular.fit import Fit, FitOptions, fit
+from fastmoe.tabular.plots import LABELS, plot_aucs, plot_curves, plot_gates
+from fastmoe.tabular.synthetic import SyntheticOptions, fit_synthetic, make_problem
+
+Show = Callable[[str], None]
+SEARCH_SEED = 1_000_000
+"""Of the runs that choose a learning rate; no run that is reported has it."""
+
+
+def run_census(
+    data: Sequence[Path],
+    seeds: Sequence[int] = range(5),
+    out: Path = Path("runs/mmoe-census"),
+    *,
+    models: Sequence[str] = ("mmoe", "shared_bottom", "single_task"),
+    lrs: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    d_expert: int = 8,
+    options: FitOptions | None = None,
+    split_seed: int = 0,
+    show: Show = print,
+) -> dict[str, Any]:
+    """The paper's census experiment (section 6.3, group 1): income above 50K, and never married.
+
+    Each model takes, of `lrs`, the learning rate with the highest mean validation AUC in one run on a seed of its own;
+    then it is trained once for each of `seeds`, all on the same split.
+
+    Writes `census.json`, `census_auc.png` and `census_gates.png` into `out`, and returns what is in the JSON.
+
+    Raises:
+        ValueError: data, models, seeds or options that cannot be used.
+    """
+    check_models(models, seeds)
+    if not lrs:
+        raise ValueError("lrs must have at least one learning rate, got none")
+    census = load_census(data, split_seed)
+    config = MultiTaskConfig(len(census.features), len(census.tasks), d_expert=d_expert)
+    rows = {name: len(getattr(census, name)) for name in ("train", "valid", "test")}
+    show(f"census: {rows}, {len(census.features)} features")
+    results = {m: census_model(census, config, m, seeds, lrs, options or FitOptions(), show) for m in models}
+    result = {
+        "recipe": "mmoe-census",
+        "tasks": census.tasks,
+        "data": {"sha256": census.sha256, "rows": rows, "features": len(census.features), "split_seed": split_seed},
+        "config": asdict(config),
+        "options": asdict(options or FitOptions()) | {"lr": "by validation, of lrs", "lrs": list(lrs)},
+        "seeds": list(seeds),
+        "models": results,
+    }
+    write(result, out / "census.json")
+    plot_aucs({model: row["test_auc"] for model, row in results.items()}, census.tasks, out / "census_auc.png")
+    if "mmoe" in results:
+        gates = {f"seed {s}": g for s, g in zip(seeds, results["mmoe"]["utilization"], strict=True)}
+        plot_gates(dict(list(gates.items())[:5]), census.tasks, out / "census_gates.png")
+    return result
+
+
+def census_model(
+    census: Census,
+    config: MultiTaskConfig,
+    sharing: str,
+    seeds: Sequence[int],
+    lrs: Sequence[float],
+    options: FitOptions,
+    show: Show,
+) -> dict[str, Any]:
+    """Choose the learning rate, train on every seed; what the JSON has of this model."""
+    search = dict.fromkeys(lrs, 0.0)
+    if len(lrs) > 1:
+        for lr in lrs:
+            tried = fit(census, config, sharing, SEARCH_SEED, replace(options, lr=lr))
+            search[lr] = statistics.fmean(tried.valid_auc)
+            show(f"{LABELS[sharing]}, lr {lr:g}: mean validation AUC {search[lr]:.4f}, {tried.seconds:.0f} s")
+    lr = max(search, key=lambda rate: search[rate])
+    fits = []
+    for seed in seeds:
+        fits.append(fit(census, config, sharing, seed, replace(options, lr=lr)))
+        show(f"{LABELS[sharing]}, lr {lr:g}, seed {seed}: {describe(fits[-1])}")
+    by_task = list(zip(*(done.test_auc for done in fits), strict=True))
+    return {
+        "parameters": fits[0].parameters,
+        "lr": lr,
+        "search_valid_auc": {f"{rate:g}": value for rate, value in search.items()} if len(lrs) > 1 else None,
+        "test_auc": [done.test_auc for done in fits],
+        "test_auc_mean": [statistics.fmean(values) for values in by_task],
+        "test_auc_std": [statistics.stdev(values) if len(values) > 1 else None for values in by_task],
+        "valid_auc": [done.valid_auc for done in fits],
+        "best_epochs": [done.best_epochs for done in fits],
+        "seconds": [round(done.seconds, 1) for done in fits],
+        "utilization": [done.utilization for done in fits] if sharing == "mmoe" else None,
+    }
+
+
+def describe(done: Fit) -> str:
+    aucs = ", ".join(f"{value:.4f}" for value in done.test_auc)
+    return f"test AUC {aucs} (epoch {done.best_epochs} of {done.epochs}, {done.seconds:.0f} s)"
+
+
+def run_synthetic(
+    correlations: Sequence[float] = (0.5, 0.9, 1.0),
+    seeds: Sequence[int] = range(5),
+    out: Path = Path("runs/mmoe-synthetic"),
+    *,
+    models: Sequence[str] = ("mmoe", "omoe", "shared_bottom"),
+    options: SyntheticOptions | None = None,
+    show: Show = print,
+) -> dict[str, Any]:
+    """The paper's experiment on task correlation (data of section 3.2, models of section 5.1).
+
+    Writes `synthetic.json` and `synthetic.png` into `out`, and returns what is in the JSON.
+
+    Raises:
+        ValueError: correlations, models, seeds or options that cannot be used.
+    """
+    options = options or SyntheticOptions()
+    check_models(models, seeds)
+    if not correlations:
+        raise ValueError("correlations must have at least one number, got none")
+    problems = {f"{c:g}": [make_problem(c, seed, options) for seed in seeds] for c in correlations}
+    losses: dict[str, dict[str, list[list[float]]]] = {c: {model: [] for model in models} for c in problems}
+    steps, parameters = [], {}
+    for correlation, of_seeds in problems.items():
+        for seed, problem in zip(seeds, of_seeds, strict=True):
+            for model in models:
+                curve = fit_synthetic(problem, model, seed, options)
+                steps, parameters[model] = curve.steps, curve.parameters
+                losses[correlation][model].append(curve.losses)
+            last = ", ".join(f"{LABELS[model]} {losses[correlation][model][-1][-1]:.4f}" for model in models)
+            show(f"correlation {correlation}, seed {seed}: held-out loss {last}")
+    result = {
+        "recipe": "mmoe-synthetic",
+        "options": asdict(options),
+        "seeds": list(seeds),
+        "parameters": parameters,
+        "steps": steps,
+        "losses": losses,
+    }
+    write(result, out / "synthetic.json")
+    plot_curves(losses, steps, out / "synthetic.png")
+    return result
+
+
+def check_models(models: Sequence[str], seeds: Sequence[int]) -> None:
+    for model in models:
+        check_choice("model", model, BOTTOMS)
+    if not models or not seeds:
+        raise ValueError(f"models and seeds must have at least one each, got {list(models)} and {list(seeds)}")
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
