@@ -23,6 +23,7 @@ BLOCKS = [
         ROOT / "docs" / "concepts.md",
         ROOT / "docs" / "huggingface.md",
         ROOT / "docs" / "migrating-from-fastmoe.md",
+        ROOT / "docs" / "models.md",
         ROOT / "docs" / "monitor.md",
         ROOT / "docs" / "routers.md",
     )

@@ -7,8 +7,9 @@ of them.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmoe
+from fastmoe.experts import reset_where_possible
 
 RESIDUAL_OUTPUTS = ("c_proj.weight", "experts.w2")
 
@@ -46,22 +48,30 @@ class FeedForward(nn.Module):
         return self.c_proj(self.hidden_dropout(self.act(self.c_fc(x_BSD))))
 
 
-def put_experts(model: nn.Module, options: ExpertOptions, d_hidden: int) -> None:
-    """Make MoE layers of the feed-forward blocks, of hidden width `d_hidden`, where the options ask for experts."""
+def put_experts(blocks: Iterable[nn.Module], options: ExpertOptions, d_hidden: int) -> None:
+    """Make an MoE layer of each block's `mlp`, of hidden width `d_hidden`, where the options ask for experts.
+
+    `fastmoe.moefy` does it for one; the others get a copy, as large blocks take it long to look at.
+    """
     if not options.num_experts:
         return
+    chosen = list(blocks)[options.moe_every - 1 :: options.moe_every]
+    if not chosen:
+        raise ValueError(f"moe_every={options.moe_every} chooses none of the model's blocks")
     if options.expert_hidden is None and d_hidden % options.top_k:
         raise ValueError(f"d_hidden={d_hidden} does not divide by top_k={options.top_k}: give expert_hidden")
-    fastmoe.moefy(
-        model,
+    moe = fastmoe.moefy(
+        chosen[0].get_submodule("mlp"),
         options.num_experts,
         options.top_k,
         init="random",
-        every=options.moe_every,
         d_hidden=d_hidden // options.top_k if options.expert_hidden is None else options.expert_hidden,
         router=options.router,
         router_options=options.router_options,
     )
+    for number, block in enumerate(chosen):
+        block.mlp = copy.deepcopy(moe) if number else moe
+        reset_where_possible(block.mlp.router)
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
-        put_experts(self, config, config.hidden_width)
+        put_experts(self.blocks, config, config.hidden_width)
         self.init_weights()
 
     def init_weights(self) -> None:

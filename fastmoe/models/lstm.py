@@ -57,7 +57,7 @@ class LSTMLanguageModel(nn.Module):
         )
         self.mlp = FeedForward(config.d_model, config.d_hidden, dropout=0.0)
         self.dropout = nn.Dropout(config.dropout)
-        put_experts(self, config, config.d_hidden)
+        put_experts([self], config, config.d_hidden)
         self.init_weights()
 
     def init_weights(self) -> None:

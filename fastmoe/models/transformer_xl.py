@@ -124,7 +124,7 @@ class TransformerXL(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model) if config.pre_norm else nn.Identity()
-        put_experts(self, config, config.d_hidden)
+        put_experts(self.blocks, config, config.d_hidden)
         self.init_weights()
 
     def init_weights(self) -> None:
