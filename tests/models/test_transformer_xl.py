@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import fastmoe
 from fastmoe.models import TransformerXL, TransformerXLConfig, language_model_step
 from fastmoe.models.transformer_xl import RelativeAttention, relative_shift
 
@@ -153,6 +154,14 @@ def test_the_loss_starts_at_that_of_a_uniform_guess():
         model = TransformerXL(TransformerXLConfig(n_layer=2, n_head=2, d_model=32, d_hidden=64, **options))
         loss, _ = language_model_step(model, random_tokens(4, 16), random_tokens(4, 16).flip(0))
         assert loss.item() == pytest.approx(math.log(256), abs=0.15)
+
+
+def test_upcycling_keeps_the_outputs():
+    model, tokens = make(), random_tokens(2, 6)
+    before = model(tokens)[0]
+    fastmoe.moefy(model, num_experts=4)
+    assert list(fastmoe.moe_layers(model)) == ["blocks.0.mlp", "blocks.1.mlp"]
+    torch.testing.assert_close(model(tokens)[0], before)
 
 
 def test_what_does_not_fit_is_refused():
