@@ -76,7 +76,7 @@ def fit(data: Census, config: MultiTaskConfig, sharing: str, seed: int, options:
         model = MultiTask(config, sharing)
     tasks = list(range(config.num_tasks))
     groups = [Best([task]) for task in tasks] if sharing == "single_task" else [Best(tasks)]
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     batches = epochs_of(data.train, seed, options)
     epoch = 0
     for epoch, epoch_batches in enumerate(batches, start=1):

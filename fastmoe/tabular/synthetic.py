@@ -19,16 +19,16 @@ NOISE = 0.1
 
 @dataclass(frozen=True)
 class SyntheticOptions:
-    """What the paper does not give is our choice: `scale` (its c), `num_sines` (its m) and how alpha and beta are drawn
-    (normal, anew for each seed)."""
+    """`scale` is the paper's c, `num_sines` its m. These, and alpha and beta drawn from a normal distribution for each
+    seed, are our choice: with scale 1 the problem is so easy that all models come close to the noise."""
 
     d_in: int = 100
-    scale: float = 1.0
+    scale: float = 3.0
     num_sines: int = 4
     num_experts: int = 8
     d_expert: int = 16
     d_tower: int = 8
-    steps: int = 5000
+    steps: int = 3000
     batch_size: int = 128
     lr: float = 1e-3
     eval_every: int = 250
@@ -96,7 +96,7 @@ def fit_synthetic(problem: Problem, sharing: str, seed: int, options: SyntheticO
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "weights"))
         model = MultiTask(options.model, sharing)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     train = torch.Generator().manual_seed(mix(seed, "train"))
     held_out = problem.draw(options.eval_rows, torch.Generator().manual_seed(mix(seed, "held out")))
     steps, losses = [0], [held_out_loss(model, held_out)]

@@ -11,7 +11,7 @@ pytest.importorskip("polars")
 from fastmoe.models.mmoe import BOTTOMS, MultiTaskConfig
 from fastmoe.tabular.command import main
 from fastmoe.tabular.features import load_census
-from fastmoe.tabular.fit import FitOptions, epochs_of, fit
+from fastmoe.tabular.fit import FitOptions, epochs_of, fit, task_losses
 from fastmoe.tabular.recipes import run_census
 from fastmoe.tabular.synthetic import SyntheticOptions, fit_synthetic, make_problem
 
@@ -48,8 +48,6 @@ def test_learns(census, sharing):
 
 
 def test_the_first_steps_follow_the_sum_of_cross_entropies(census):
-    from fastmoe.tabular.fit import task_losses
-
     logits_TK, y_TK = torch.randn(5, 2), torch.randint(2, (5, 2)).float()
     p_TK = logits_TK.sigmoid()
     want_K = -(y_TK * p_TK.log() + (1 - y_TK) * (1 - p_TK).log()).mean(0)
