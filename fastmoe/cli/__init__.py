@@ -22,11 +22,18 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        "train a small GPT, dense and as an MoE",
+        "train a language model, dense and as an MoE",
         "fastmoe.train.command",
         "train",
         ("matplotlib", "numpy", "rich", "tensorboard", "tyro"),
     ),
+    "compare": Command(
+        "draw two runs by steps, time and FLOPs",
+        "fastmoe.train.compare_command",
+        "train",
+        ("matplotlib", "rich"),
+    ),
+    "data": Command("fetch a data set: enwik8", "fastmoe.train.data_command", "train", ("rich",)),
     "bench": Command(
         "time one MoE layer beside every other way to compute it",
         "fastmoe.bench.command",

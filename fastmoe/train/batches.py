@@ -1,12 +1,15 @@
 """Which bytes a step sees: a pure function of (seed, step, micro-step, rank).
 
-Nothing is remembered between steps, so a resumed run and a dense and an MoE twin see the same data in the same order,
-and the batch of a step is the same however many processes or micro-steps share it.
+`Windows` are for a model without memory, `Streams` (in `streams.py`) for one with it. Nothing is remembered between
+steps, so a resumed run and a dense and an MoE twin see the same data in the same order, and the batch of a step is the
+same however many processes or micro-steps share it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +26,10 @@ class Share:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def is_first(self) -> bool:
+        return self.micro_step == self.rank == 0
+
     def of(self, rows_B: Tensor) -> Tensor:
         parts = self.micro_steps * self.world_size
         if rows_B.shape[0] % parts:
@@ -34,6 +41,49 @@ class Share:
 
 
 WHOLE = Share()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Held-out text, int64 (B, S) each."""
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    counted: int
+    """So many of its rows count; of the others another process has them."""
+    fresh: bool = True
+    """It does not go on where the one before it ended."""
+
+
+class Batches(Protocol):
+    """What a trainer asks for; every process gets equally many batches."""
+
+    def draw(self, data: Tensor, step: int, share: Share = WHOLE) -> tuple[Tensor, Tensor]:
+        """This share of a step's tokens and of the bytes after them."""
+
+    def held_out(self, data: Tensor, share: Share = WHOLE) -> Iterator[Batch]:
+        """This share of the held-out text, the same each time."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Random windows of `block_size` bytes, `batch_size` a step; held out, at most `eval_sequences` (0: all)."""
+
+    block_size: int
+    batch_size: int
+    eval_sequences: int
+    seed: int
+
+    def draw(self, data: Tensor, step: int, share: Share = WHOLE) -> tuple[Tensor, Tensor]:
+        return draw_batch(data, self.block_size, self.batch_size, seed=self.seed, step=step, share=share)
+
+    def held_out(self, data: Tensor, share: Share = WHOLE) -> Iterator[Batch]:
+        """One without a window in the last batch takes the batch's first, which does not count there."""
+        tokens_BS, targets_BS = held_out(data, self.block_size, self.eval_sequences or data.numel())
+        for rows in torch.arange(len(tokens_BS)).split(self.batch_size * share.world_size):
+            mine = rows[share.rank :: share.world_size]
+            taken = mine if len(mine) else rows[:1]
+            yield Batch(tokens_BS[taken], targets_BS[taken], counted=len(mine))
 
 
 def windows(data: Tensor, starts_B: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -10,36 +10,27 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import fastmoe
-from fastmoe.models import GPT, GPTConfig
-from fastmoe.models.gpt import Block
 from fastmoe.routers import get_router
+from fastmoe.train.batches import Batches, Windows
 from fastmoe.train.config import Kind, OptimConfig, ParallelConfig, TrainConfig
+from fastmoe.train.models import BLOCKS, VOCAB_SIZE, LanguageModel, build_dense
+from fastmoe.train.streams import Streams
 
 BIASES = {"bias", "b1", "b2"}
-VOCAB_SIZE = 256
 
 
-def build_model(config: TrainConfig, kind: Kind) -> GPT:
-    """A GPT; dense and MoE differ in their feed-forward blocks alone, and start from equal weights elsewhere."""
+def build_model(config: TrainConfig, kind: Kind) -> LanguageModel:
+    """Dense and MoE differ in their feed-forward blocks alone, and start from equal weights elsewhere."""
     torch.manual_seed(config.run.seed)
-    shape = config.model
-    model = GPT(
-        GPTConfig(
-            vocab_size=VOCAB_SIZE,
-            block_size=shape.block_size,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            d_model=shape.d_model,
-            d_hidden=shape.dense_hidden,
-            dropout=shape.dropout,
-            bias=shape.bias,
-        )
-    )
-    return make_moe(model, config) if kind == "moe" else model
+    model = build_dense(config.model)
+    if kind == "moe":
+        make_moe(model, config)
+    scale_start(model, config.model.init_scale)
+    return model
 
 
-def make_moe(model: GPT, config: TrainConfig) -> GPT:
-    """Turn the feed-forward blocks into MoE layers and draw their weights as the GPT draws its own."""
+def make_moe(model: LanguageModel, config: TrainConfig) -> None:
+    """Turn the feed-forward blocks into MoE layers and draw their weights as the model draws its own."""
     moe = config.moe
     dense_start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fastmoe.moefy(
@@ -60,7 +51,16 @@ def make_moe(model: GPT, config: TrainConfig) -> GPT:
     if get_router(moe.router).needs_token_ids:
         fastmoe.feed_token_ids(model, "token_embedding")
     fastmoe.set_aux_loss_scale(model, 1 / config.optim.grad_accumulation)
-    return model
+
+
+@torch.no_grad()
+def scale_start(model: nn.Module, factor: float) -> None:
+    """Multiply every matrix but those of embeddings."""
+    if factor == 1:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and name.rpartition(".")[2] not in BIASES and "embedding" not in name:
+            parameter.mul_(factor)
 
 
 def router_options(config: TrainConfig) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     return {**fixed, **moe.router_options}
 
 
-def spread(model: GPT, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+def spread(model: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """Spread the model over the processes of a mesh, in place."""
     fastmoe.parallelize(
         model,
@@ -83,8 +83,13 @@ def spread(model: GPT, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
         engine=parallel.engine,
         chunks=parallel.ep_chunks,
         suppress_duplicates=parallel.suppress_duplicates,
-        blocks=(Block,) if parallel.engine == "fsdp" else (),
+        blocks=BLOCKS if parallel.engine == "fsdp" else (),
     )
+
+
+def build_batches(config: TrainConfig) -> Batches:
+    make = Streams if config.model.has_memory else Windows
+    return make(config.model.block_size, config.optim.batch_size, config.data.eval_sequences, config.run.seed)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

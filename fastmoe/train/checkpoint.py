@@ -73,12 +73,18 @@ def newest(folder: Path, read: Callable[[Path], T], together: Together | None = 
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest, and what killed saves left."""
-    for path in checkpoints(folder)[keep:]:
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def prune(folder: Path, keep: int) -> set[int]:
+    """Delete all but the `keep` newest, and what killed saves left; the steps of those that stay."""
+    paths = checkpoints(folder)
+    for path in paths[keep:]:
         delete(path)
     for path in folder.glob("step-*.partial"):
         remove(path)
+    return {step_of(path) for path in paths[:keep]}
 
 
 def delete(path: Path) -> None:

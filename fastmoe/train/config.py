@@ -14,6 +14,7 @@ import tyro
 from fastmoe.train.key_values import KEY_VALUES
 
 Kind = Literal["dense", "moe"]
+Arch = Literal["gpt", "transformer_xl", "lstm"]
 Mode = Literal["dense", "moe", "compare"]
 
 NAMES: dict[Kind, str] = {"dense": "dense", "moe": "MoE"}
@@ -28,6 +29,8 @@ def check_at_least(minimum: float, **values: float) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    arch: Arch = "gpt"
+    """The Transformer-XL and the LSTM have memory: they learn consecutive segments of block_size bytes."""
     block_size: int = 256
     """Positions that the model sees at once, in bytes."""
     n_layer: int = 6
@@ -37,12 +40,21 @@ class ModelConfig:
     """Hidden width of a dense feed-forward block; None is 4 * d_model."""
     dropout: float = 0.0
     bias: bool = False
+    init_scale: float = 1.0
+    """Factor on the matrices that the blocks start with."""
+    model_options: Annotated[dict[str, Any], KEY_VALUES] = field(default_factory=dict)
+    """More fields of the model's config in fastmoe.models, memory_length=512; in TOML a table [model.model_options]."""
 
     def __post_init__(self) -> None:
         check_at_least(1, block_size=self.block_size, n_layer=self.n_layer, n_head=self.n_head, d_model=self.d_model)
         check_at_least(1, d_hidden=self.dense_hidden)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model carries memory from one segment to the next."""
+        return self.arch != "gpt"
 
     @property
     def dense_hidden(self) -> int:
@@ -81,11 +93,13 @@ class MoEConfig:
 class DataConfig:
     path: Annotated[Path | None, tyro.conf.arg(name="data", metavar="FILE")] = None
     """A file to learn, plain, .gz or .zip; None is the source text of this Python's standard library."""
+    valid: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A second file to validate on: all of the first is trained on then. None splits the first one 90/5/5 percent."""
     eval_sequences: int = 256
-    """Held-out sequences of block_size bytes in each evaluation, the same ones each time."""
+    """Held-out sequences of block_size bytes in each evaluation, the same ones each time; 0 is all of them."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, eval_sequences=self.eval_sequences)
+        check_at_least(0, eval_sequences=self.eval_sequences)
 
 
 @dataclass(frozen=True)

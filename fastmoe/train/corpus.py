@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
+ENWIK8_NAMES = ("enwik8", "enwik8.gz", "enwik8.zip")
 STDLIB_LIMIT = 16_000_000
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes in three consecutive parts, each a uint8 tensor."""
+    """Bytes in three parts, each a uint8 tensor; `test` is empty where there are two files."""
 
     name: str
     train: Tensor
@@ -34,26 +35,46 @@ class Corpus:
         return f"{self.name}: {sizes} bytes to train / validate / test"
 
 
-def load_corpus(path: Path | None) -> Corpus:
+def load_corpus(path: Path | None, valid: Path | None = None) -> Corpus:
     """The file's bytes, split 90/5/5 percent (a file named enwik8: 90/5/5 million bytes).
+
+    With a file `valid` nothing is split: all of `path` is trained on, all of `valid` validates, nothing tests.
 
     Raises:
         ValueError: no such file, one that cannot be unpacked, or an enwik8 of another size.
     """
-    if path is None:
-        content = stdlib_source(Path(sysconfig.get_paths()["stdlib"]))
-        name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
-        sizes = percent_split(len(content))
-    else:
-        content, name = read_file(path), path.name
-        is_enwik8 = name in ("enwik8", "enwik8.gz", "enwik8.zip")
-        if is_enwik8 and len(content) != sum(ENWIK8_SPLIT):
-            raise ValueError(f"enwik8 has {sum(ENWIK8_SPLIT):,} bytes; {path} has {len(content):,}")
-        sizes = ENWIK8_SPLIT if is_enwik8 else percent_split(len(content))
+    content, name = read_source(path)
+    if valid is not None:
+        held_out = read_file(valid)
+        if not content or not held_out:
+            raise ValueError(f"{name} and {valid.name} must not be empty: {len(content)} and {len(held_out)} bytes")
+        digest = hashlib.sha256(content + held_out).hexdigest()
+        nothing = torch.empty(0, dtype=torch.uint8)
+        return Corpus(f"{name} and {valid.name}", as_tensor(content), as_tensor(held_out), nothing, digest)
+    sizes = split_sizes(name, len(content))
     if min(sizes) == 0:
         raise ValueError(f"{name} is too short to split: {len(content)} bytes")
-    train, valid, test = torch.frombuffer(bytearray(content), dtype=torch.uint8).split(sizes)
-    return Corpus(name, train, valid, test, hashlib.sha256(content).hexdigest())
+    train, validate, test = as_tensor(content).split(sizes)
+    return Corpus(name, train, validate, test, hashlib.sha256(content).hexdigest())
+
+
+def read_source(path: Path | None) -> tuple[bytes, str]:
+    """The bytes to learn, and what to call them."""
+    if path is None:
+        content = stdlib_source(Path(sysconfig.get_paths()["stdlib"]))
+        return content, f"standard library of {platform.python_implementation()} {platform.python_version()}"
+    content = read_file(path)
+    if path.name in ENWIK8_NAMES and len(content) != sum(ENWIK8_SPLIT):
+        raise ValueError(f"enwik8 has {sum(ENWIK8_SPLIT):,} bytes; {path} has {len(content):,}")
+    return content, path.name
+
+
+def as_tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def split_sizes(name: str, size: int) -> tuple[int, int, int]:
+    return ENWIK8_SPLIT if name in ENWIK8_NAMES else percent_split(size)
 
 
 def percent_split(size: int) -> tuple[int, int, int]:

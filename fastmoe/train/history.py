@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,10 +49,14 @@ def loss_at(seconds: float, history: History) -> float:
 
 def steps_to_reach(loss: float, history: History) -> float | None:
     """Steps after which validation loss was first at most `loss`, interpolated between evaluations; None if never."""
-    steps, losses = history.valid_steps, history.valid_losses
+    return first_reached(loss, history.valid_steps, history.valid_losses)
+
+
+def first_reached(loss: float, xs: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Where along `xs` the losses were first at most `loss`, interpolated; None if nowhere."""
     for i, reached in enumerate(losses):
         if reached <= loss:
-            return interpolate(loss, losses[i - 1], reached, steps[i - 1], steps[i]) if i else float(steps[0])
+            return interpolate(loss, losses[i - 1], reached, xs[i - 1], xs[i]) if i else float(xs[0])
     return None
 
 

@@ -89,6 +89,7 @@ def convert(value: object, hint: Any, where: str) -> object:
 def to_plain(config: TrainConfig) -> dict[str, Any]:
     """Nested dicts of plain values, which `merge` reads back."""
     plain = asdict(config)
-    plain["data"]["path"] = None if config.data.path is None else str(config.data.path)
+    for name in ("path", "valid"):
+        plain["data"][name] = None if plain["data"][name] is None else str(plain["data"][name])
     plain["run"]["out"] = str(config.run.out)
     return plain

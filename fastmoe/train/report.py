@@ -13,10 +13,10 @@ import torch
 from rich.table import Table
 
 import fastmoe
-from fastmoe.train.batches import mix
 from fastmoe.train.config import NAMES, Kind
 from fastmoe.train.display import tokens_per_second
 from fastmoe.train.history import History, busiest, loss_at, steps_to_reach
+from fastmoe.train.models import train_flops_per_token
 from fastmoe.train.options import to_plain
 from fastmoe.train.plots import plot_curves, plot_expert_load
 from fastmoe.train.trainer import Trainer
@@ -30,12 +30,13 @@ class Outcome:
     valid_loss: float
     valid_loss_at_equal_time: float | None
     steps_to_dense_loss: float | None
-    test_loss: float
+    test_loss: float | None
     seconds: float
     tokens_per_second: float
     busiest_expert: float | None
     total_params: int
     active_params: int
+    train_flops_per_token: float
 
 
 def outcomes(trainers: list[Trainer]) -> dict[Kind, Outcome]:
@@ -51,12 +52,13 @@ def outcomes(trainers: list[Trainer]) -> dict[Kind, Outcome]:
             valid_loss=history.valid_losses[-1],
             valid_loss_at_equal_time=loss_at(equal_seconds, history) if compared else None,
             steps_to_dense_loss=steps_to_reach(histories["dense"].valid_losses[-1], history) if compared else None,
-            test_loss=trainer.loss_on(trainer.corpus.test),
+            test_loss=trainer.loss_on(trainer.corpus.test) if trainer.corpus.test.numel() else None,
             seconds=history.seconds,
             tokens_per_second=tokens_per_second(trainer),
             busiest_expert=busiest(history.loads[-1]) if history.loads[-1] else None,
             total_params=size.total_params,
             active_params=size.active_params,
+            train_flops_per_token=train_flops_per_token(trainer.model, trainer.config.model),
         )
     return found
 
@@ -73,7 +75,7 @@ def table(results: dict[Kind, Outcome]) -> Table:
             ("steps to the dense model's final loss", [count(o.steps_to_dense_loss) for o in columns]),
         ]
     rows += [
-        ("test loss", [f"{o.test_loss:.3f}" for o in columns]),
+        ("test loss", ["-" if o.test_loss is None else f"{o.test_loss:.3f}" for o in columns]),
         ("training time", [f"{o.seconds:.0f} s" for o in columns]),
         ("tokens/s", [f"{o.tokens_per_second:,.0f}" for o in columns]),
         ("total parameters", [f"{o.total_params:,}" for o in columns]),
@@ -91,15 +93,6 @@ def table(results: dict[Kind, Outcome]) -> Table:
 
 def count(steps: float | None) -> str:
     return "not reached" if steps is None else f"{steps:,.0f}"
-
-
-def sample_text(trainer: Trainer, n: int) -> str:
-    """`n` bytes that the model writes after a line break; all processes call it, since they share the experts."""
-    device = trainer.world.device
-    generator = torch.Generator(device).manual_seed(mix(trainer.config.run.seed, -1))
-    prompt = torch.tensor([list(b"\n")], device=device)
-    tokens = trainer.model.generate(prompt, n, temperature=0.8, top_k=40, generator=generator)
-    return bytes(tokens[0, 1:].tolist()).decode("utf-8", errors="replace")
 
 
 def write_artefacts(trainers: list[Trainer], results: dict[Kind, Outcome], text: str) -> list[Path]:

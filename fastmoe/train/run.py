@@ -15,7 +15,9 @@ from fastmoe.train.display import ProgressDisplay, TensorBoard
 from fastmoe.train.failure import during
 from fastmoe.train.load import LoadObserver
 from fastmoe.train.loop import Observer, StopSignals, train
-from fastmoe.train.report import outcomes, sample_text, table, write_artefacts
+from fastmoe.train.memory import prune_memory
+from fastmoe.train.report import outcomes, table, write_artefacts
+from fastmoe.train.sample import sample_text
 from fastmoe.train.trainer import Trainer
 from fastmoe.train.world import World
 
@@ -32,7 +34,7 @@ def set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]
 
 
 def _set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer]:
-    corpus = world.together.each(lambda: load_corpus(config.data.path))
+    corpus = world.together.each(lambda: load_corpus(config.data.path, config.data.valid))
     console.print(str(corpus))
     kinds: tuple[Kind, ...] = ("dense", "moe") if config.mode == "compare" else (config.mode,)
     trainers = [Trainer(config, kind, corpus, world) for kind in kinds]
@@ -75,7 +77,7 @@ def start_anew(trainer: Trainer) -> None:
     if earlier and not trainer.config.run.overwrite:
         raise ValueError(f"{earlier[0]} is of an earlier run: give --resume, --overwrite or another --out")
     if trainer.world.is_main:
-        checkpoint.prune(trainer.folder, keep=0)
+        prune_memory(trainer.folder, checkpoint.prune(trainer.folder, keep=0))
 
 
 def train_watched(trainers: list[Trainer], console: Console) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor
 
 import fastmoe
 from fastmoe._seeds import mix
+from fastmoe.models.common import language_model_step
 from fastmoe.train import checkpoint
-from fastmoe.train.batches import Share, draw_batch, held_out
-from fastmoe.train.build import autocast_dtype, build_model, build_optimizer, learning_rate, spread
+from fastmoe.train.batches import Share
+from fastmoe.train.build import autocast_dtype, build_batches, build_model, build_optimizer, learning_rate, spread
 from fastmoe.train.config import Kind, TrainConfig
 from fastmoe.train.corpus import Corpus
 from fastmoe.train.history import BITS, History
+from fastmoe.train.memory import Memory, load_memory, prune_memory, save_memory
 from fastmoe.train.options import to_plain
 from fastmoe.train.world import World
 
@@ -36,6 +39,8 @@ class Trainer:
         self.dtype = autocast_dtype(config.run.precision, world.device)
         self.step = 0
         self.saved: int | None = None
+        self.batches = build_batches(config)
+        self.memory: list[Memory] = [None] * config.optim.grad_accumulation
         self._check_data()
         self.history = History()
         self.grad_norm = torch.zeros(())
@@ -45,7 +50,8 @@ class Trainer:
         """Draw once what training draws later, so that data too short or a batch that does not divide fails at once."""
         self._draw_batch(0)
         for part in (self.corpus.valid, self.corpus.test):
-            held_out(part, self.config.model.block_size, 1)
+            if part.numel():
+                next(iter(self.batches.held_out(part, self._share())))
 
     def take_step(self) -> None:
         started = time.perf_counter()
@@ -66,20 +72,20 @@ class Trainer:
         tokens_BS, targets_BS = self._draw_batch(index)
         with self._no_sync(is_last=index == micro_steps - 1):
             with self._autocast():
-                _, loss = self.model(tokens_BS.to(self.world.device), targets_BS.to(self.world.device))
+                loss, self.memory[index] = self._loss(tokens_BS, targets_BS, self.memory[index])
             (loss / micro_steps).backward()
         return loss.detach()
 
+    def _loss(self, tokens_BS: Tensor, targets_BS: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        device = self.world.device
+        return language_model_step(self.model, tokens_BS.to(device), targets_BS.to(device), memory)
+
     def _draw_batch(self, micro_step: int) -> tuple[Tensor, Tensor]:
-        config, world = self.config, self.world
-        return draw_batch(
-            self.corpus.train,
-            config.model.block_size,
-            config.optim.batch_size,
-            seed=config.run.seed,
-            step=self.step,
-            share=Share(micro_step, config.optim.grad_accumulation, world.rank, world.size),
-        )
+        share = self._share(micro_step, self.config.optim.grad_accumulation)
+        return self.batches.draw(self.corpus.train, self.step, share)
+
+    def _share(self, micro_step: int = 0, micro_steps: int = 1) -> Share:
+        return Share(micro_step, micro_steps, self.world.rank, self.world.size)
 
     def _no_sync(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last or self.world.mesh is None else fastmoe.no_sync(self.model)
@@ -113,23 +119,21 @@ class Trainer:
 
     @torch.no_grad()
     def loss_on(self, data: Tensor) -> float:
-        """Bits per byte on the fixed held-out windows of `data`, which the processes share out.
+        """Bits per byte on the fixed held-out text of `data`, which the processes share out; memory starts empty.
 
-        All processes call the model equally often; one without a window takes the first, which does not count there.
+        All processes call the model equally often.
         """
-        config, world = self.config, self.world
-        tokens_BS, targets_BS = held_out(data, config.model.block_size, config.data.eval_sequences)
         total = torch.zeros(2, dtype=torch.float64)
+        memory: Memory = None
         self.model.eval()
-        for windows in torch.arange(len(tokens_BS)).split(config.optim.batch_size * world.size):
-            mine = windows[world.rank :: world.size]
-            rows = mine if len(mine) else windows[:1]
+        for batch in self.batches.held_out(data, self._share()):
             with self._autocast():
-                _, loss = self.model(tokens_BS[rows].to(world.device), targets_BS[rows].to(world.device))
-            total += torch.tensor([loss.item() * len(mine), len(mine)])
+                loss, memory = self._loss(batch.tokens_BS, batch.targets_BS, None if batch.fresh else memory)
+            counted = batch.counted * batch.tokens_BS.shape[1]
+            total += torch.tensor([loss.item() * counted, counted])
         self.model.train()
-        nats, sequences = world.sum(total.to(world.device)).tolist()
-        return nats / sequences * BITS
+        nats, tokens = self.world.sum(total.to(self.world.device)).tolist()
+        return nats / tokens * BITS
 
     def expert_load(self) -> list[list[float]]:
         """Share of the last forward pass's rows that each expert got, over all processes, by layer."""
@@ -149,10 +153,22 @@ class Trainer:
         path = checkpoint.path_of(self.folder, self.step)
         if self.world.is_main:
             checkpoint.delete(path)
+        if self.has_memory:
+            save_memory(self.folder, self.step, dict(zip(self._parts(), self.memory, strict=True)))
         fastmoe.save(self.model, self.optimizer, path, extra=self._extra())
         self.saved = self.step
         if self.world.is_main:
-            checkpoint.prune(self.folder, self.config.run.keep_checkpoints)
+            kept = checkpoint.prune(self.folder, self.config.run.keep_checkpoints)
+            prune_memory(self.folder, kept)
+
+    @property
+    def has_memory(self) -> bool:
+        return any(memory is not None for memory in self.memory)
+
+    def _parts(self) -> list[int]:
+        """The numbers of this process's shares of a batch, one for each micro-step; see `Share`."""
+        micro_steps = self.config.optim.grad_accumulation
+        return [index * self.world.size + self.world.rank for index in range(micro_steps)]
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -161,6 +177,7 @@ class Trainer:
             "history": self.history.to_plain(),
             "config": to_plain(self.config),
             "corpus": self.corpus.sha256,
+            "memory_parts": len(self.memory) * self.world.size if self.has_memory else 0,
         }
 
     def restore(self, path: Path) -> Path:
@@ -179,12 +196,26 @@ class Trainer:
             group.update(own)
         self.history = History(**extra["history"])
         self.step = self.saved = extra["step"]
+        self.world.together.each(lambda: self._restore_memory(extra.get("memory_parts", 0)))
         return path
 
+    def _restore_memory(self, parts: int) -> None:
+        """As it was, if the batch is shared out as it was; else it starts empty, which a few steps feel."""
+        own = len(self.memory) * self.world.size
+        if parts == own:
+            self.memory = load_memory(self.folder, self.step, self._parts(), self.world.device)
+        elif parts and self.world.is_main:
+            warnings.warn(
+                f"the memory was saved in {parts} parts and is needed in {own} (micro-steps * processes): "
+                "it starts empty",
+                stacklevel=2,
+            )
+
     def _check_same_run(self, path: Path, extra: dict[str, Any]) -> None:
-        plain = to_plain(self.config)
+        plain, defaults = to_plain(self.config), to_plain(TrainConfig())
         for section in ("model", "moe"):
-            if (then := extra["config"][section]) != plain[section]:
+            then = defaults[section] | extra["config"][section]  # it may be older than some option
+            if then != plain[section]:
                 raise checkpoint.OtherRunError(f"{path} was trained with {section} = {then}; now {plain[section]}")
         if extra["corpus"] != self.corpus.sha256:
             raise checkpoint.OtherRunError(f"{path} was trained on other data than {self.corpus.name}")

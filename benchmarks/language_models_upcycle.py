@@ -1,0 +1,94 @@
+"""A trained dense model goes on in two ways: as it is, and as an MoE whose experts are copies of its blocks.
+
+Experts are as wide as the dense block: top 1 of them has equal active FLOPs, top 2 more, which the curve by FLOPs
+counts.
+All start with a fresh optimizer, and see the same data.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import fastmoe
+from fastmoe.bench.machine import machine
+from fastmoe.train import checkpoint
+from fastmoe.train.build import build_optimizer
+from fastmoe.train.compare import Side, read_run
+from fastmoe.train.compare_plot import plot_sides
+from fastmoe.train.config import OptimConfig, RunConfig, TrainConfig
+from fastmoe.train.corpus import load_corpus
+from fastmoe.train.models import train_flops_per_token
+from fastmoe.train.options import merge, to_plain
+from fastmoe.train.trainer import Trainer
+from fastmoe.train.world import World
+
+EXPERTS, STEPS, EVERY = 16, 600, 50
+WAYS = {"gpt-tiny, trained on": None, "upcycled, top 1 of 16": 1, "upcycled, top 2 of 16": 2}
+
+
+def go_on(dense: Path, top_k: int | None, out: Path) -> Path:
+    """Train a finished dense run on, as it is or with experts; the run's folder, as `fastmoe train` leaves it."""
+    folder = out / f"upcycling-{top_k or 'dense'}-{dense.name.rpartition('-')[2]}"
+    if (folder / "results.json").is_file():
+        return folder
+    trainer = start(dense, top_k)
+    trainer.evaluate()
+    while trainer.step < STEPS:
+        trainer.take_step()
+        if trainer.step % EVERY == 0:
+            trainer.evaluate()
+    write(trainer, folder)
+    return folder
+
+
+def start(dense: Path, top_k: int | None) -> Trainer:
+    """Its newest checkpoint's weights, data in another order than before, a fresh optimizer."""
+    before = merge(TrainConfig(), json.loads((dense / "results.json").read_text())["config"])
+    config = replace(
+        before,
+        optim=OptimConfig(steps=STEPS, batch_size=before.optim.batch_size, lr=2e-3, min_lr=2e-4, warmup_steps=30),
+        run=RunConfig(out=dense, seed=before.run.seed + 100, device="cpu"),
+    )
+    corpus = load_corpus(config.data.path, config.data.valid)
+    trainer = Trainer(config, "dense", corpus, World(torch.device("cpu")))
+    fastmoe.load(trainer.model, None, checkpoint.checkpoints(dense / "dense")[0])
+    if top_k is not None:
+        fastmoe.moefy(trainer.model, num_experts=EXPERTS, top_k=top_k, init="upcycle")
+        trainer.optimizer = build_optimizer(trainer.model, config.optim)
+    return trainer
+
+
+def write(trainer: Trainer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    flops = train_flops_per_token(trainer.model, trainer.config.model)
+    size = fastmoe.summary(trainer.model)
+    figures = {"train_flops_per_token": flops, "total_params": size.total_params, "active_params": size.active_params}
+    written = {
+        "machine": machine(),
+        "corpus": {"name": trainer.corpus.name, "sha256": trainer.corpus.sha256},
+        "config": to_plain(trainer.config),
+        "results": {"dense": figures},
+        "histories": {"dense": trainer.history.to_plain()},
+    }
+    (folder / "results.json").write_text(json.dumps(written))
+
+
+def upcycling(dense_runs: list[Path], out: Path, picture: Path) -> dict:
+    """Curves of all ways, means over the dense runs; losses by FLOPs after the dense run's."""
+    sides = [Side(label, [read_run(go_on(dense, top_k, out)) for dense in dense_runs]) for label, top_k in WAYS.items()]
+    plot_sides(sides, picture, f"{sides[0].runs[0].details['corpus']['name']}; from gpt-tiny after its last step")
+    target = sides[0].losses[-1]
+    return {
+        side.name: {
+            **{axis: side.mean(axis) for axis in ("steps", "seconds", "flops")},
+            "losses": side.losses,
+            "spread": side.spread,
+            "reaches_the_dense_models_final_loss_after": {
+                axis: side.reaches(target, axis) for axis in ("steps", "seconds", "flops")
+            },
+            "figures": side.runs[0].details["figures"],
+        }
+        for side in sides
+    }

@@ -1,0 +1,117 @@
+"""Each recipe trains; full-size ones are built on the meta device, and trained at a fraction of their size."""
+
+import sys
+import types
+
+import pytest
+import torch
+from tiny_run import change, losses, make_trainer
+
+import fastmoe
+from fastmoe.train.build import build_model
+from fastmoe.train.command import main, parse
+from fastmoe.train.config import TrainConfig
+from fastmoe.train.loop import train
+from fastmoe.train.models import train_flops_per_token
+from fastmoe.train.options import merge, to_plain
+from fastmoe.train.recipes import RECIPES, TWINS, recipe
+
+FULL_SIZE = {"txl-enwik8-base", "txl-enwik8-base-moe64", "gpt-small", "gpt-small-moe96", "lstm-dense", "lstm-moe512"}
+SMALL = {"model": {"d_model": 32, "d_hidden": 64, "n_head": 2, "block_size": 16}, "moe": {"num_experts": 8}}
+SHORT = {"optim": {"steps": 20, "batch_size": 4, "warmup_steps": 2, "lr": 1e-2}, "data": {"eval_sequences": 8}}
+
+
+def fraction(name, text_file, out):
+    """The recipe with its schedule cut to 20 steps; full-size ones also with narrow layers and few experts."""
+    layers = 1 if recipe(name).model.arch != "lstm" else 2
+    small = SMALL | {"model": SMALL["model"] | {"n_layer": layers}} if name in FULL_SIZE else {}
+    run = {"out": out, "device": "cpu", "tensorboard": False}
+    config = change(recipe(name), **small, **{key: dict(value) for key, value in SHORT.items()}, run=run)
+    return change(config, data={"path": text_file})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_twenty_steps(name, text_file, tmp_path):
+    config = fraction(name, text_file, tmp_path)
+    trainer = make_trainer(config, config.mode)
+    assert train([trainer], [], lambda: False)
+    assert len(trainer.history.losses) == 20
+    assert trainer.history.valid_losses[-1] < trainer.history.valid_losses[0] - 1
+    assert bool(fastmoe.moe_layers(trainer.model)) == (config.mode == "moe")
+
+
+@pytest.mark.parametrize("twins", TWINS, ids=[twins.moe for twins in TWINS])
+def test_twins_cost_the_same_but_for_the_router(twins):
+    flops = {}
+    for name in (twins.dense, twins.moe):
+        config = recipe(name)
+        with torch.device("meta"):
+            model = build_model(config, config.mode)
+        flops[name] = train_flops_per_token(model, config.model)
+        routers = sum(
+            layer.router.num_parameters()
+            if hasattr(layer.router, "num_parameters")
+            else sum(p.numel() for p in layer.router.parameters())
+            for layer in fastmoe.moe_layers(model).values()
+        )
+        flops[name] -= 6 * routers
+    assert flops[twins.moe] == pytest.approx(flops[twins.dense], rel=0.01)
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        dense, moe = (
+            build_model(recipe(name), recipe(name).mode) for name in ("txl-enwik8-base", "txl-enwik8-base-moe64")
+        )
+    total = [sum(p.numel() for p in model.parameters()) for model in (dense, moe)]
+    assert total[0] == pytest.approx(41e6, rel=0.02)
+    assert 18 < total[1] / total[0] < 22
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_config_that_reads_back(name):
+    assert merge(TrainConfig(), to_plain(recipe(name))) == recipe(name)
+
+
+def test_flags_go_over_a_recipe(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "txl-tiny"\n[optim]\nsteps = 30\n')
+    config = parse(["--config", str(file), "--recipe", "txl-tiny-moe", "--seed", "3", "--valid", "v.txt"])
+    assert (config.mode, config.model.arch, config.run.seed) == ("moe", "transformer_xl", 3)
+    assert (config.optim.steps, config.data.valid.name, config.run.out.name) == (30, "v.txt", "txl-tiny-moe")
+    assert config.moe == recipe("txl-tiny-moe").moe
+    assert parse(["--recipe", "lstm-tiny"]) == recipe("lstm-tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "txl-tinny"], "unknown recipe 'txl-tinny'. Did you mean 'txl-tiny'"),
+        (["--recipe", "txl-tiny", "--preset", "demo"], "expected a preset or a recipe; got both"),
+        (["--recipe", "gpt-tiny", "--model-options", "memory_length=3"], "unknown model option of gpt 'memory_length'"),
+        (["--recipe", "txl-tiny", "--model-options", "d_model=3"], "unknown model option of transformer_xl 'd_model'"),
+    ],
+)
+def test_what_is_no_recipe(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recipes_on_tables_are_handed_over(monkeypatch):
+    got = []
+    module = types.ModuleType("fastmoe.tabular.command")
+    module.main = lambda arguments: got.append(arguments) or 5
+    monkeypatch.setitem(sys.modules, "fastmoe.tabular.command", module)
+    assert main(["--data", "census.gz", "--recipe", "mmoe-census", "--seeds", "2"]) == 5
+    assert main(["--recipe", "mmoe-synthetic"]) == 5
+    assert got == [["mmoe-census", "--data", "census.gz", "--seeds", "2"], ["mmoe-synthetic"]]
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny-moe", "lstm-tiny"])
+def test_a_recipe_from_the_command_line_with_two_files(name, text_file, tmp_path, capsys):
+    valid = tmp_path / "valid.txt"
+    valid.write_bytes(text_file.read_bytes()[:3000])
+    arguments = ["--recipe", name, "--data", str(text_file), "--valid", str(valid), "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--steps", "2", "--sample-bytes", "5", "--no-tensorboard", "--device", "cpu"]) == 0
+    assert len(losses(tmp_path / "run", recipe(name).mode)) == 2
+    assert "/ 3,000 / 0 bytes" in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
