@@ -85,6 +85,10 @@ def moefy(
         torch's fused eval path of `nn.TransformerEncoder` knows dense weights only and is switched off. It gives zeros
         at padding positions; the ordinary path computes them like any other.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a module, got {type(model).__name__}; give each of several to a call of its own"
+        )
     found = [host for host in HOSTS if host.made(model)]
     hosts = [importlib.import_module(host.integration) for host in found]
     if to_native and (not hosts or any(host.replaces for host in found)):

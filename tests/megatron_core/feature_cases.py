@@ -4,7 +4,7 @@ import torch
 from layer_cases import metrics
 from megatron_models import LENGTH, VOCABULARY, batch, config, gpt, loss_of, own_spec
 from megatron_training import forward_backward
-from megatron_values import fill
+from megatron_values import fill, sharded
 from model_cases import layer_spec
 
 GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
@@ -104,3 +104,66 @@ def one_router_for_all():
     layers = list(fastmoe.model.moe_layers(model).values())
     parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
     return len(layers), len(parameters) == len(set(parameters))
+
+
+def keys_one_by_one(overrides):
+    """What a checkpoint holds where every expert has a key of its own: of Megatron's layer, and of fastmoe's."""
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    from fastmoe.integrations.megatron import same_values
+
+    models = [gpt(GATED | overrides, spec) for spec in (own_spec, layer_spec)]
+    same_values(*models)
+    found = []
+    for model in models:
+        state = model.sharded_state_dict(metadata={"singleton_local_shards": True})
+        apply_factories(state)
+        found.append({tensor.key: tensor.data.detach() for tensor in sharded(state) if "mlp" in tensor.key})
+    return found
+
+
+def repeated_multi_token_prediction():
+    """Metrics of one layer that predicts two tokens ahead in turn, by Megatron's layer and by fastmoe's."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    from fastmoe.integrations.megatron import same_values
+
+    found, models = [], []
+    for make in (own_spec, layer_spec):
+        chosen = config(**GATED, **BALANCED, mtp_num_layers=2, mtp_use_repeated_layer=True)
+        spec = make(chosen)
+        further = get_gpt_mtp_block_spec(chosen, spec, use_transformer_engine=False)
+        sizes = {"vocab_size": VOCABULARY, "max_sequence_length": LENGTH}
+        models.append(GPTModel(chosen, spec, mtp_block_spec=further, **sizes))
+    same_values(*models)
+    for model in models:
+        loss_of(model, batch(0)).mean().backward()
+        found.append(metrics())
+    return found
+
+
+def converted_with_multi_token_prediction():
+    """Metrics of a dense model of two layers and one for multi-token prediction, after `moefy`."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+
+    import fastmoe
+
+    chosen = config(**GATED, **BALANCED, mtp_num_layers=1)
+    spec = get_gpt_layer_local_spec()
+    further = get_gpt_mtp_block_spec(chosen, spec, use_transformer_engine=False)
+    model = GPTModel(chosen, spec, vocab_size=VOCABULARY, max_sequence_length=LENGTH, mtp_block_spec=further)
+    loss_of(fastmoe.moefy(model, num_experts=4), batch(0)).mean().backward()
+    return metrics()
+
+
+def scaled_losses(scale):
+    """Gradients of the routers where balance losses are multiplied by `scale`, and are all that there is."""
+    import fastmoe
+
+    model = gpt(GATED | BALANCED, layer_spec)
+    fill(model)
+    fastmoe.set_aux_loss_scale(model, scale)
+    (loss_of(model, batch(0)).mean() * 0).backward()
+    return [parameter.grad.clone() for name, parameter in model.named_parameters() if "router" in name]

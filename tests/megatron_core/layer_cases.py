@@ -226,10 +226,16 @@ def messages():
     """The errors of layers that cannot be, by case."""
     from fastmoe.integrations.megatron import FastMoELayer
 
+    recomputed = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
     cases = {
         "other number": ({}, {"num_experts": 8}),
         "unsupported": ({"moe_input_jitter_eps": 0.1}, {}),
         "double": ({"moe_router_dtype": "fp64"}, {}),
+        "sinkhorn": ({"moe_router_load_balancing_type": "sinkhorn", "moe_z_loss_coeff": 0.1}, {}),
+        "by chance": ({"moe_router_force_load_balancing": True, "moe_expert_capacity_factor": 1.0}, {}),
+        "sequences": ({"moe_router_load_balancing_type": "seq_aux_loss"}, {"router": "expert_choice"}),
+        "loss free": ({}, {"router": "loss_free"}),
+        "recomputed": (recomputed, {}),
         "two routers": ({"moe_aux_loss_coeff": 0.1}, {"router": "switch"}),
         "unknown kind": ({"moe_router_load_balancing_type": "by chance"}, {}),
         "activation": ({"gated_linear_unit": True, "activation_func": torch.tanh}, {}),

@@ -9,7 +9,7 @@ def pieces(model):
     """[(name, shape of the whole, where the piece begins in it, piece)] of what this process holds."""
     return [
         (tensor.key, tensor.global_shape, tensor.global_offset, tensor.data.detach().clone())
-        for tensor in _sharded(model.sharded_state_dict())
+        for tensor in sharded(model.sharded_state_dict())
     ]
 
 
@@ -42,7 +42,7 @@ def whole(answers):
 
 def fill(model):
     """Give every matrix values that depend on its name and the place in it, not on which process holds what."""
-    tensors = [tensor for tensor in _sharded(model.sharded_state_dict()) if tensor.data.dim() > 1]
+    tensors = [tensor for tensor in sharded(model.sharded_state_dict()) if tensor.data.dim() > 1]
     for tensor in tensors:
         generator = torch.Generator().manual_seed(zlib.crc32(tensor.key.encode()))
         drawn = torch.randn(tensor.global_shape, generator=generator) * 0.2
@@ -59,7 +59,7 @@ def _place(shape, begin, piece):
     return tuple(slice(first, first + size) for first, size in zip(begin, sizes, strict=True))
 
 
-def _sharded(value):
+def sharded(value):
     """The sharded tensors anywhere in a state dict."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -70,4 +70,4 @@ def _sharded(value):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [tensor for one in value for tensor in _sharded(one)] if isinstance(value, list | tuple) else []
+    return [tensor for one in value for tensor in sharded(one)] if isinstance(value, list | tuple) else []

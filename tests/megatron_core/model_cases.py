@@ -5,9 +5,14 @@ from megatron_models import own_spec
 
 def layer_spec(config):
     """Depth B: every MLP a `FastMoELayer`."""
+    return with_options(config)
+
+
+def with_options(config, **options):
+    """As `layer_spec`, with options of `fastmoe.MoE`."""
     from fastmoe.integrations.megatron import gpt_layer_spec
 
-    return gpt_layer_spec(config.num_moe_experts, layer_spec=own_spec(config))
+    return gpt_layer_spec(config.num_moe_experts, layer_spec=own_spec(config), **options)
 
 
 def experts_spec(config):

@@ -188,3 +188,33 @@ def same_values_of_others():
     except ValueError as error:
         return *losses, str(error)
     return *losses, "no error"
+
+
+def weights_of_balance_losses():
+    """Of two models from one configuration, as a pipeline stage's are; and of a model converted in two calls."""
+    import fastmoe
+    from fastmoe.integrations.megatron import moefy
+
+    said_nothing = {"num_layers": 4, "moe_router_load_balancing_type": "aux_loss"}
+    first, second = dense(said_nothing), dense(said_nothing)
+    for part in second.modules():
+        if hasattr(part, "config"):
+            part.config = first.config
+    chunks = moefy([first, second], 4)
+    in_two = fastmoe.moefy(fastmoe.moefy(dense(said_nothing), 4, every=2), 4)
+    models = [*chunks, in_two]
+    return [[layer.router.aux_loss_weight for layer in fastmoe.model.moe_layers(model).values()] for model in models]
+
+
+def warned(overrides, options):
+    """What is logged where upcycling cannot keep the outputs."""
+    import logging
+
+    import fastmoe
+
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("fastmoe").addHandler(handler)
+    fastmoe.moefy(dense(overrides), 4, **options)
+    return records

@@ -38,3 +38,29 @@ def test_tied_embeddings(version):
 
 def test_layers_share_no_module(version):
     assert run(version, 1, feature_cases.one_router_for_all) == [(2, True)]
+
+
+@pytest.mark.parametrize("further", [{}, {"add_bias_linear": True}, {"moe_shared_expert_intermediate_size": 20}])
+def test_keys_one_by_one_are_megatrons(version, further):
+    theirs, ours = run(version, 1, feature_cases.keys_one_by_one, further)[0]
+    assert set(theirs) == set(ours)
+    for key, value in theirs.items():
+        assert torch.equal(ours[key].reshape(value.shape), value), key
+
+
+def test_a_repeated_layer_of_multi_token_prediction(version):
+    if version == "installed":
+        pytest.skip("Megatron-Core 0.16 has none")
+    theirs, ours = run(version, 1, feature_cases.repeated_multi_token_prediction)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_multi_token_prediction_of_a_converted_model(version):
+    (found,) = run(version, 1, feature_cases.converted_with_multi_token_prediction)
+    assert all(len(values) == 3 and values.all() for values in found.values())
+
+
+def test_balance_losses_can_be_scaled(version):
+    (once,), (twice,) = (run(version, 1, feature_cases.scaled_losses, scale) for scale in (1.0, 2.0))
+    assert all(grad.any() for grad in once)
+    torch.testing.assert_close(twice, [2 * grad for grad in once])

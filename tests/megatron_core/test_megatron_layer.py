@@ -130,6 +130,7 @@ ROUTINGS = {
         "moe_router_pre_softmax": True,
         "moe_aux_loss_coeff": 0.0,
     },
+    "sequences": {"moe_router_score_function": "sigmoid", "moe_router_load_balancing_type": "seq_aux_loss"},
     "sigmoid with a bias": {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -163,8 +164,13 @@ def test_the_layer_says_what_it_cannot_do(version):
     expected = {
         "other number": "num_experts=8, but the configuration says num_moe_experts=4",
         "double": "moe_router_dtype",
+        "sinkhorn": "moe_z_loss_coeff=0.1 does not go with router 'sinkhorn'",
+        "by chance": "moe_expert_capacity_factor=1.0 does not go with router 'random'",
+        "sequences": "moe_router_load_balancing_type='seq_aux_loss' does not go with router 'expert_choice'",
+        "loss free": "set moe_router_enable_expert_bias=True",
+        "recomputed": "recompute_modules: moe_act is of Megatron's own layer",
         "unsupported": "fastmoe has no moe_input_jitter_eps: leave it at None, got 0.1",
-        "two routers": "moe_aux_loss_coeff=0.1 is for the router that Megatron's arguments describe",
+        "two routers": "moe_aux_loss_coeff=0.1 does not go with router 'switch'",
         "unknown kind": "moe_router_load_balancing_type must be one of",
         "activation": "activation_func must be gelu, silu or relu",
         "submodules": "FastMoELayer has no submodules",

@@ -10,7 +10,7 @@ from megatron_models import batch, gpt, loss_of
 from megatron_processes import run
 from megatron_training import trained
 from megatron_values import fill
-from model_cases import dense_spec, experts_spec, fresh, layer_spec
+from model_cases import dense_spec, experts_spec, fresh, layer_spec, with_options
 
 GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
 BALANCED = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 0.01}
@@ -107,15 +107,19 @@ def test_bfloat16(version, spec):
 
 @pytest.mark.parametrize("inside", [{"add_bias_linear": True}, GATED | {"moe_shared_expert_intermediate_size": 20}])
 def test_a_checkpoint_goes_from_any_expert_parallel_size_to_any_other(version, tmp_path, inside):
-    """2 -> 1 -> 2: every value is bit-equal. (Megatron's optimizers need expert parallelism on both sides, or none.)"""
-    for name in "12":
+    """2 -> 1 -> 2, and of two replicas: every value is bit-equal. Megatron checks that one process writes each piece.
+
+    (Its optimizers need expert parallelism on both sides, or none.)
+    """
+    for name in "123":
         (tmp_path / name).mkdir()
     case = {"overrides": inside, "spec": layer_spec}
     first = trained(version, 2, ep=2, save=tmp_path / "1", steps=2, **case)
     kept = {"load_optimizer": False, "steps": 0} | case
     second = trained(version, 1, load=tmp_path / "1", save=tmp_path / "2", **kept)
-    third = trained(version, 2, ep=2, load=tmp_path / "2", **kept)
-    for then in (second, third):
+    third = trained(version, 4, ep=2, load=tmp_path / "2", save=tmp_path / "3", **kept)
+    fourth = trained(version, 2, load=tmp_path / "3", **kept)
+    for then in (second, third, fourth):
         equal(then, first)
 
 
@@ -150,6 +154,20 @@ def test_checkpoints_are_megatrons_own(version, tmp_path, swap):
     equal(trained(version, 2, spec=reads, load=tmp_path, steps=0, **case), first)
     goes_on = [trained(version, 2, spec=spec, load=tmp_path, steps=2, **case) for spec in (writes, reads)]
     torch.testing.assert_close(goes_on[0].losses, goes_on[1].losses, rtol=1e-4, atol=0)
+
+
+def biased_spec(chosen):
+    """Biases of experts where Megatron has none: under tensor parallelism each process has a copy of the second."""
+    return with_options(chosen, bias=True)
+
+
+def test_copies_of_biases_count_once(version, tmp_path):
+    expected = trained(version, 1, overrides=GATED, spec=biased_spec, **SGD)
+    found = trained(
+        version, 2, tp=2, overrides=GATED | {"sequence_parallel": True}, spec=biased_spec, save=tmp_path, **SGD
+    )
+    assert_same(found, expected)
+    equal(trained(version, 1, overrides=GATED, spec=biased_spec, load=tmp_path, load_optimizer=False, steps=0), found)
 
 
 @pytest.mark.parametrize("swap", SWAPS)

@@ -101,3 +101,23 @@ def test_values_of_megatrons_layer(version):
     theirs, ours, message = run(version, 1, moefy_cases.same_values_of_others)[0]
     torch.testing.assert_close(ours, theirs)
     assert "only one of them has decoder.layers" in message
+
+
+def test_every_layer_has_the_balance_loss(version):
+    (weights,) = run(version, 1, moefy_cases.weights_of_balance_losses)
+    assert weights == [[0.01] * 4] * 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ({"moe_router_topk_scaling_factor": 2.5}, {}),
+        ({"moe_expert_capacity_factor": 0.5}, {}),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, {}),
+        ({}, {"router_options": {"scale": 2.0}}),
+        ({}, {}),
+    ],
+)
+def test_changed_outputs_are_told(version, overrides, options):
+    (messages,) = run(version, 1, moefy_cases.warned, overrides, options)
+    assert [message.startswith("moefy: outputs change") for message in messages] == [True] * bool(overrides or options)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 
 from fastmoe._errors import unknown_name
-from fastmoe.integrations.megatron.expert_bias import ExpertBiasRouter
+from fastmoe.integrations.megatron.routing import router_options
 from fastmoe.layer import MoE
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+logger = logging.getLogger("fastmoe")
 
 # Megatron's argument: what it becomes.
 READ = {
@@ -94,6 +97,11 @@ def layer_options(config: TransformerConfig, given: dict[str, Any]) -> dict[str,
         ValueError: an argument that fastmoe does not have, or that does not go with what is given; an unknown option.
     """
     check_supported(config, UNSUPPORTED)
+    for module in ("moe_act", "shared_experts"):
+        if config.recompute_granularity == "selective" and module in (config.recompute_modules or []):
+            raise ValueError(f"recompute_modules: {module} is of Megatron's own layer; take 'moe', got {module!r}")
+    if getattr(config, "fp8", None) or getattr(config, "fp4", None):
+        logger.warning("FastMoELayer: router and experts compute in %s, whatever fp8 and fp4 say", config.params_dtype)
     if config.moe_router_dtype == "fp64":
         raise ValueError(
             "moe_router_dtype must be None or 'fp32': routing is in float32 where the model is; got 'fp64'"
@@ -107,16 +115,7 @@ def layer_options(config: TransformerConfig, given: dict[str, Any]) -> dict[str,
     if shared := getattr(config, "moe_shared_expert_intermediate_size", None):
         options.setdefault("shared_d_hidden", shared)
         options = {"activation": activation_of(config), "bias": config.add_bias_linear} | options
-    if options.get("router") is None:
-        router, router_options = _router(config)
-        options["router"] = router
-        if isinstance(router, str):
-            options["router_options"] = router_options | (given.get("router_options") or {})
-        elif given.get("router_options"):
-            raise ValueError("router_options do not go with moe_router_enable_expert_bias: set Megatron's arguments")
-    else:
-        _check_left_alone(config, options["router"])
-    return options
+    return options | router_options(config, options)
 
 
 def inside_options(config: TransformerConfig) -> dict[str, Any]:
@@ -154,93 +153,3 @@ def activation_of(config: TransformerConfig, *, tanh: bool = False) -> str | Cal
     if gated:
         raise ValueError(f"with gated_linear_unit, activation_func must be gelu, silu or relu, got {function!r}")
     return function
-
-
-def _router(config: TransformerConfig) -> tuple[str | Callable[..., Any], dict[str, Any]]:
-    """The router, and its options where it goes by name."""
-    kind, weight = balancing_of(config)
-    if getattr(config, "moe_router_force_load_balancing", False):
-        return "random", {}
-    if kind == "sinkhorn":
-        return "sinkhorn", {}
-    options = _common_options(config)
-    if config.moe_router_enable_expert_bias or kind == "seq_aux_loss":
-        return _without_softmax(config, kind, weight, options)
-    options |= {"score_function": config.moe_router_score_function}
-    if config.moe_router_score_function not in ("softmax", "sigmoid"):
-        raise ValueError(f"moe_router_score_function must be softmax or sigmoid, got {options['score_function']!r}")
-    if config.moe_router_score_function == "softmax":
-        options["normalize"] = not config.moe_router_pre_softmax
-    options |= {"aux_loss_weight": weight, "z_loss_weight": config.moe_z_loss_coeff or 0.0}
-    return "topk", options
-
-
-def _without_softmax(
-    config: TransformerConfig, kind: str, weight: float, options: dict[str, Any]
-) -> tuple[str | Callable[..., Any], dict[str, Any]]:
-    """Sigmoid scores with a bias for selection, or a loss within each sequence."""
-    if config.moe_router_score_function != "sigmoid":
-        raise ValueError("moe_router_enable_expert_bias and seq_aux_loss need moe_router_score_function='sigmoid'")
-    if config.moe_z_loss_coeff:
-        raise ValueError("moe_z_loss_coeff does not go with moe_router_enable_expert_bias or seq_aux_loss")
-    if weight and kind != "seq_aux_loss":
-        raise ValueError(f"with moe_router_enable_expert_bias the balance loss must be seq_aux_loss, got {kind!r}")
-    options["sequence_loss_weight"] = weight
-    if not config.moe_router_enable_expert_bias:
-        return "loss_free", options | {"bias_update_rate": 0.0}
-
-    def make(d_model: int, num_experts: int, top_k: int) -> ExpertBiasRouter:
-        return ExpertBiasRouter(d_model, num_experts, top_k, **options)
-
-    return make, {}
-
-
-def _common_options(config: TransformerConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"scale": config.moe_router_topk_scaling_factor or 1.0}
-    groups, best = config.moe_router_num_groups, config.moe_router_group_topk
-    if groups:
-        if config.moe_router_topk != 2 * (best or 0):
-            raise ValueError(
-                "moe_router_num_groups: groups are compared by their two best experts, so moe_router_topk must be "
-                f"2 * moe_router_group_topk, got {config.moe_router_topk} and {best}"
-            )
-        options |= {"num_groups": groups, "top_groups": best}
-    if config.moe_expert_capacity_factor is not None:
-        drop_by = {"probs": "weight", "position": "position"}[config.moe_token_drop_policy]
-        options |= {"capacity_factor": config.moe_expert_capacity_factor, "drop_by": drop_by}
-    return options
-
-
-def balancing_of(config: TransformerConfig) -> tuple[str, float]:
-    """Kind and weight of the balance loss.
-
-    Raises:
-        ValueError: a kind that fastmoe does not have, or several at once.
-    """
-    kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    if isinstance(kinds, list | tuple):
-        if len(kinds) != 1:
-            raise ValueError(f"one moe_router_load_balancing_type at a time, got {kinds}")
-        kinds, weights = kinds[0], weights[0] if isinstance(weights, list | tuple) else weights
-    known = ("aux_loss", "global_aux_loss", "seq_aux_loss", "sinkhorn", "none")
-    if kinds not in known:
-        raise ValueError(f"moe_router_load_balancing_type must be one of {', '.join(known)}, got {kinds!r}")
-    return kinds, 0.0 if kinds in ("none", "sinkhorn") else float(weights)
-
-
-def _check_left_alone(config: TransformerConfig, router: Any) -> None:
-    """Raises:
-    ValueError: arguments of Megatron's router are set where another router is given.
-    """
-    fields = type(config).__dataclass_fields__
-    mine = [name for name in READ if "router" in READ[name] or name.startswith(("moe_router", "moe_aux", "moe_z"))]
-    for name in mine:
-        if name in ("moe_router_topk", "moe_router_dtype", "moe_router_load_balancing_type"):
-            continue
-        value, default = getattr(config, name), fields[name].default
-        if value != default:
-            what = repr(router) if isinstance(router, str) else type(router).__name__
-            raise ValueError(
-                f"{name}={value!r} is for the router that Megatron's arguments describe, but router={what} is given: "
-                "leave one of them out, and give the router its options by router_options"
-            )

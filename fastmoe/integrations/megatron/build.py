@@ -12,6 +12,7 @@ from fastmoe._seeds import mix
 from fastmoe.dispatch import AllToAllDispatcher, Spread
 from fastmoe.experts import MLPExperts, ModuleExperts
 from fastmoe.integrations.megatron.groups import Groups
+from fastmoe.integrations.megatron.routing import made_by_name
 from fastmoe.layer import MoE
 from fastmoe.parallel import materialize
 from fastmoe.parallel.hidden import check_hidden, split_dimension, split_hidden, take_hidden
@@ -31,7 +32,7 @@ def build_moe(config: TransformerConfig, groups: Groups, num_experts: int, top_k
         ValueError: experts that cannot be spread in this way.
     """
     seed = int(torch.randint(2**62, ()))
-    in_part = options.get("expert") is None and isinstance(options["router"], str)
+    in_part = options.get("expert") is None and made_by_name(options["router"])
     device = place_of(config)
     with torch.random.fork_rng(_cuda(device)):
         torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,13 @@ from torch import nn
 from fastmoe._errors import check_choice, check_int
 from fastmoe.convert.recipe import INITS
 from fastmoe.convert.targets import Target, check_target, names
-from fastmoe.integrations.megatron.arguments import balancing_of
-from fastmoe.integrations.megatron.layer import FastMoELayer
+from fastmoe.convert.upcycle import weights_sum_to_one
+from fastmoe.integrations.megatron.layer import FastMoELayer, experts_said
 from fastmoe.integrations.megatron.norms import norm_before
+from fastmoe.integrations.megatron.routing import balancing_of
 from fastmoe.integrations.megatron.upcycle import copy_dense, dense_options
+
+logger = logging.getLogger("fastmoe")
 
 BALANCE = 0.01  # fastmoe's own default, for a configuration that says nothing about MoE
 
@@ -34,7 +38,7 @@ class Place:
 
 
 def moefy(
-    model: nn.Module,
+    model: Any,
     num_experts: int,
     top_k: int = 2,
     *,
@@ -42,7 +46,7 @@ def moefy(
     init: str = "upcycle",
     every: int = 1,
     **moe_options: Any,
-) -> nn.Module:
+) -> Any:
     """Replace the MLPs of a Megatron-Core model by `FastMoELayer`s, in place: `GPTModel`, `HybridModel` and others.
 
     ```
@@ -54,7 +58,7 @@ def moefy(
     With expert parallelism the configuration needs `num_moe_experts`, as Megatron asks for itself.
 
     Args:
-        model: built, of dense layers or some of them.
+        model: built, of dense layers or some of them; or the list of a pipeline stage's models.
         num_experts, top_k: E and K of every new layer.
         target: "auto", every MLP; or which: a class, a glob over names as in `model.named_modules()`, or a predicate
             `(name, module) -> bool`.
@@ -71,6 +75,9 @@ def moefy(
         ValueError: nothing to replace, an option that does not fit, or a model that is wrapped already. The model is
             then unchanged.
     """
+    if isinstance(model, list):
+        again: dict[str, Any] = {"target": target, "init": init, "every": every, **moe_options}
+        return [moefy(chunk, num_experts, top_k, **again) for chunk in model]
     check_int("num_experts", num_experts, 1), check_int("top_k", top_k, 1), check_int("every", every, 1)
     check_choice("init", init, INITS)
     check_target(target)
@@ -79,8 +86,9 @@ def moefy(
     chosen = [place for place in matches if getattr(place.parent, "layer_number", every) % every == 0]
     if not chosen and not (matches or any(isinstance(part, FastMoELayer) for part in model.modules())):
         raise ValueError(f"found no MLP of Megatron-Core that target={target!r} names in {type(model).__name__}")
-    said = {id(place.block.config): place.block.config.num_moe_experts for place in chosen}
-    put_layers(chosen, lambda place: _layer(place, num_experts, top_k, init, moe_options, said[id(place.block.config)]))
+    put_layers(chosen, lambda place: _layer(place, num_experts, top_k, init, moe_options))
+    if init == "upcycle" and chosen:
+        _warn_unless_kept(chosen[0], moe_options)
     return model
 
 
@@ -108,12 +116,13 @@ def places(model: nn.Module) -> Iterator[tuple[str, Place]]:
 def put_layers(chosen: list[Place], make: Callable[[Place], FastMoELayer]) -> None:
     """Put `make(place)` in each of these places; in none, and configurations are as before, if one cannot be made."""
     configs = {id(place.block.config): place.block.config for place in chosen}
-    before = {key: config.num_moe_experts for key, config in configs.items()}
+    before = {key: dict(vars(config)) for key, config in configs.items()}
     try:
         made = [(place, make(place)) for place in chosen]
     except BaseException:
         for key, config in configs.items():
-            config.num_moe_experts = before[key]
+            vars(config).clear()
+            vars(config).update(before[key])
         raise
     for place, layer in made:
         weight = place.block.linear_fc2.weight
@@ -124,15 +133,26 @@ def put_layers(chosen: list[Place], make: Callable[[Place], FastMoELayer]) -> No
         place.parent._modules[place.key] = layer.train(place.block.training)
 
 
-def _layer(
-    place: Place, num_experts: int, top_k: int, init: str, options: dict[str, Any], said: int | None
-) -> FastMoELayer:
+def _layer(place: Place, num_experts: int, top_k: int, init: str, options: dict[str, Any]) -> FastMoELayer:
     block, config = place.block, place.block.config
-    if said is None and options.get("router") in (None, "topk") and balancing_of(config) == ("aux_loss", 0.0):
+    silent = experts_said(config) is None and balancing_of(config) == ("aux_loss", 0.0)
+    if silent and options.get("router") in (None, "topk"):
         options = options | {"router_options": {"aux_loss_weight": BALANCE} | (options.get("router_options") or {})}
     if init == "upcycle":
         options = dense_options(block, top_k, options)
-    layer = FastMoELayer(config, num_experts, top_k, **options)
+    mtp = getattr(place.parent, "is_mtp_layer", False)
+    layer = FastMoELayer(config, num_experts, top_k, is_mtp_layer=mtp, **options)
     if init == "upcycle":
         copy_dense(layer, block)
     return layer
+
+
+def _warn_unless_kept(place: Place, options: dict[str, Any]) -> None:
+    layer = place.parent._modules[place.key]
+    assert isinstance(layer, FastMoELayer)
+    if not weights_sum_to_one(layer.moe):
+        logger.warning(
+            "moefy: outputs change, since the weights of router %s do not sum to 1 for each token: leave out scaling "
+            "factors, capacities and routers whose weights do not",
+            options.get("router") or type(layer.moe.router).__name__,
+        )

@@ -1,4 +1,6 @@
-"""The router of DeepSeek-V3, whose bias Megatron's own training loop updates."""
+"""The routers of DeepSeek-V3 as Megatron has them: its own training loop moves the bias, and saves none that rests."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +23,11 @@ class ExpertBiasRouter(LossFreeRouter):
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing: Megatron's optimizers may hold copies of the parameters, and it has updated the bias before."""
+
+
+class SequenceLossRouter(LossFreeRouter):
+    """`LossFreeRouter` for the loss within each sequence alone; its bias stays 0 and is in no checkpoint."""
+
+    def __init__(self, d_model: int, num_experts: int, top_k: int = 2, **options: Any) -> None:
+        super().__init__(d_model, num_experts, top_k, bias_update_rate=0.0, **options)
+        self.register_buffer("bias_E", self.bias_E, persistent=False)

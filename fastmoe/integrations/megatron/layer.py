@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,6 @@ from fastmoe.routers import SoftRouter
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-logger = logging.getLogger("fastmoe")
 
 
 class FastMoELayer(MegatronModule):
@@ -156,14 +153,21 @@ class _Losses:
 
 
 def _number_of_experts(config: TransformerConfig, asked: int | None) -> int:
-    said = config.num_moe_experts
+    said = experts_said(config)
     if asked is None and said is None:
         raise ValueError("give num_experts=, or TransformerConfig(num_moe_experts=)")
     if asked is not None and said is not None and asked != said:
         raise ValueError(f"num_experts={asked}, but the configuration says num_moe_experts={said}")
-    number = said if asked is None else asked
-    config.num_moe_experts = number
-    return number
+    if asked is None:
+        return config.num_moe_experts
+    if said is None:
+        config.num_moe_experts, config.num_moe_experts_by_fastmoe = asked, True
+    return asked
+
+
+def experts_said(config: TransformerConfig) -> int | None:
+    """The `num_moe_experts` that the user gave; not what an earlier layer of fastmoe's wrote there."""
+    return None if getattr(config, "num_moe_experts_by_fastmoe", False) else config.num_moe_experts
 
 
 def _recomputed(config: TransformerConfig) -> bool:

@@ -38,7 +38,7 @@ def attach_losses(layer: FastMoELayer, y: Tensor, losses: dict[str, Tensor], num
     for name, loss in losses.items():
         loss = loss / (repeated or 1)
         _record(layer, name, loss)
-        y = MoEAuxLossAutoScaler.apply(y, loss * factor)
+        y = MoEAuxLossAutoScaler.apply(y, loss * factor * layer.moe.aux_loss_scale)
     return y
 
 

@@ -35,20 +35,48 @@ def layer_state_dict(
     """Of a whole layer, whose attribute `moe` this is."""
     metadata = ensure_metadata_has_dp_cp_group(metadata)
     own = {id(parameter) for parameter in expert_parameters(moe).values()}
+    one_by_one = bool(metadata.get("singleton_local_shards", False))
+    gated = moe.shared is not None and is_gated(moe.shared.activation)
+    dp_cp = metadata["dp_cp_group"]
     found: dict[str, Any] = {}
     for name, tensor in moe.state_dict(keep_vars=True).items():
-        if id(tensor) not in own:
-            key = f"{prefix}{_megatron_name(name)}"
+        if id(tensor) in own:
+            continue
+        key = f"{prefix}{_megatron_name(name)}"
+        if gated and name.startswith("shared.w1."):
+            replica = (0, groups.tp.rank(), dp_cp.rank())
+            found[f"{prefix}moe.{name}"] = _halves(tensor, key, offsets, replica, one_by_one)
+        else:
             found[f"{prefix}moe.{name}"] = make_sharded_tensor_for_checkpoint(
-                tensor, key, offsets, tp_group=groups.tp, dp_cp_group=metadata["dp_cp_group"]
+                tensor, key, offsets, tp_group=groups.tp, dp_cp_group=dp_cp
             )
     if moe.shared is not None:
-        replica = (0, groups.tp.rank(), metadata["dp_cp_group"].rank())
+        replica = (0, groups.tp.rank(), dp_cp.rank())
         found |= _extra_states(f"{prefix}moe.shared.", f"{prefix}shared_experts.", offsets, replica)
     where = f"{prefix}moe.experts."
     if isinstance(moe.experts, ModuleExperts):
         return found | dict(_modules_state_dict(moe.experts, groups, where, f"{prefix}experts.", offsets))
     return found | stacked_state_dict(moe.experts, groups, where, f"{prefix}experts.", offsets, metadata)
+
+
+def _halves(
+    whole: Tensor, key: str, offsets: tuple[Any, ...], replica: tuple[int, int, int], one_by_one: bool
+) -> ShardedTensorFactory:
+    """Of a matrix of a gate and what it gates, two tensors."""
+
+    def build(key: str, whole: Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
+        made = []
+        for number, (suffix, half) in enumerate(zip(("_w", "_v"), whole.chunk(2), strict=True)):
+            name, place = (key + suffix, ()) if one_by_one else (key, ((len(offsets), number, 2),))
+            axes = len(offsets)
+            made.append(
+                ShardedTensor.from_rank_offsets(
+                    name, half, *offsets, *place, replica_id=replica_id, prepend_axis_num=axes
+                )
+            )
+        return made
+
+    return ShardedTensorFactory(key, whole, build, torch.cat, replica)
 
 
 def _megatron_name(name: str) -> str:
