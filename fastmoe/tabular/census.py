@@ -37,10 +37,8 @@ def read_census(path: Path) -> pl.DataFrame:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        frame = pl.read_csv(
-            io.BytesIO(path.read_bytes()), has_header=False, infer_schema=False, quote_char=None, raise_if_empty=False
-        )
-    except pl.exceptions.PolarsError as error:
+        frame = pl.read_csv(io.BytesIO(path.read_bytes()), has_header=False, infer_schema=False, quote_char=None)
+    except (pl.exceptions.PolarsError, OSError) as error:  # OSError: a broken gzip file
         raise ValueError(f"{path}: {ONE_ROW}; got what is no table: {str(error).splitlines()[0]}") from error
     if frame.width != len(COLUMNS):
         raise ValueError(f"{path}: {ONE_ROW}; got {frame.height} rows of {frame.width}")

@@ -54,11 +54,12 @@ def load_census(paths: Sequence[Path], split_seed: int = 0) -> Census:
     """
     if len(paths) not in (1, 2):
         raise ValueError(f"data must be one file, or the training file and the test file; got {len(paths)} files")
-    frames = split([read_census(path) for path in paths], split_seed)
-    encoder = Encoder(frames[0])
-    parts = {name: Rows(encoder(frame), labels(frame)) for name, frame in zip(NAMES, frames, strict=True)}
-    for name, part in parts.items():
-        _check_classes(name, part)
+    frames = dict(zip(NAMES, split([read_census(path) for path in paths], split_seed), strict=True))
+    labels_of = {name: labels(frame) for name, frame in frames.items()}
+    for name, y_TK in labels_of.items():
+        _check_classes(name, y_TK)
+    encoder = Encoder(frames["train"])
+    parts = {name: Rows(encoder(frame), labels_of[name]) for name, frame in frames.items()}
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     return Census(parts["train"], parts["valid"], parts["test"], encoder.names, digests)
 
@@ -104,8 +105,8 @@ class Encoder:
         return torch.from_numpy(columns.to_numpy().copy())
 
 
-def _check_classes(name: str, rows: Rows) -> None:
-    for task, label_T in zip(TASKS, rows.y_TK.unbind(1), strict=True):
+def _check_classes(name: str, y_TK: Tensor) -> None:
+    for task, label_T in zip(TASKS, y_TK.unbind(1), strict=True):
         positives = int(label_T.sum())
         if not 0 < positives < len(label_T):
             raise ValueError(

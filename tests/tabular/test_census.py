@@ -102,5 +102,7 @@ def test_wrong_paths(tmp_path, file):
     with pytest.raises(ValueError, match="one file, or the training file and the test file; got 3"):
         load_census([file] * 3)
     (tmp_path / "noise").write_bytes(bytes(range(256)) * 20)
-    with pytest.raises(ValueError, match="42 values"):
-        load_census([tmp_path / "noise"])
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(file.read_bytes())[:500])
+    for name in ("noise", "cut.gz"):
+        with pytest.raises(ValueError, match="42 values"):
+            load_census([tmp_path / name])
