@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fastmoe._errors import check_int
 from fastmoe.parallel.checkpoint_folder import CheckpointFolder, sync_folder, write_document
@@ -100,7 +101,11 @@ def load_checkpoint(model: Any, optimizer: Any, lr_scheduler: Any, load: Directo
 
 
 def _read(state: dict[str, Any], folder: Path, may_leave: tuple[str, ...]) -> dict[str, Any]:
-    found, left, missing = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+    try:
+        found, left, missing = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+    except CheckpointException as error:  # of PyTorch, around Megatron's
+        why = dict.fromkeys(str(failure) for failure, _ in error.failures.values())
+        raise ValueError(f"{folder} is not a checkpoint of this model: {'; '.join(why)}") from error
     left = {key for key in left if not key.startswith(may_leave)}
     if left or missing:
         known = (("only the checkpoint has", left), ("it lacks", missing))

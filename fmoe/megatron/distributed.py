@@ -10,7 +10,7 @@ class DistributedDataParallel(distributed.DistributedDataParallel):
     """Megatron-Core's wrapper, which reduces each gradient over the processes that share the parameter.
 
     Megatron's schedules reduce by themselves, if the configuration does not name another `finalize_model_grads_func`
-    already. Between steps, call `zero_grad_buffer()`.
+    already. Between steps, call `zero_grad_buffer()` and the optimizer's `zero_grad()`, both.
 
     Args:
         module: with a `config`, as every model of Megatron-Core.

@@ -8,7 +8,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 HOW = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -24,11 +26,18 @@ class OptimizerState:
 
     Attributes:
         tensors: for Megatron's distributed checkpoints, by their place in the states.
+
+    Raises:
+        ValueError: an optimizer whose state Megatron could not read again.
     """
 
     def __init__(self, optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> None:
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self.parts = [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+        for part in self.parts:
+            _check_loads(part)
+            if loading:
+                _begin(part)
         self.states = [part.sharded_state_dict(model_state, is_loading=loading, metadata=HOW) for part in self.parts]
         self.tensors = {".".join(map(str, path)): leaf for path, leaf in _leaves(self.states)}
 
@@ -57,6 +66,25 @@ class OptimizerState:
             if plain["grad_scaler"] is not None and "grad_scaler" in state:
                 state["grad_scaler"] = plain["grad_scaler"]
             part.load_state_dict(state)
+
+
+def _begin(part: Any) -> None:
+    """Give SGD's momentum, which Megatron does not, a state to load into."""
+    if part.init_state_fn is not None:
+        return
+    inner = part.optimizer
+    for group in inner.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            inner.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+    part.init_state_fn = lambda *_: None
+
+
+def _check_loads(part: Any) -> None:
+    if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            "Megatron's distributed optimizer reads states of Transformer Engine's or Apex's Adam alone, and this is "
+            f"PyTorch's {type(part.optimizer).__name__}: install one of them, or give None for the optimizer"
+        )
 
 
 def _inner(state: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +128,7 @@ def _saved_group(here: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str,
         raise ValueError(f"the optimizer has parameters of {_identity(here)}, the checkpoint those of {known}")
     expert = here["is_expert_parallel"]
     best = next((group for group in alike if group["is_expert_parallel"] == expert), alike[0])
-    params = here["params"]
-    if isinstance(params, LocalNonpersistentObject):
-        params = params.unwrap()
-    return copy.deepcopy(best) | {"params": params, "is_expert_parallel": expert}
+    own = {key: here[key] for key in ("params", "is_expert_parallel") if key in here}
+    if isinstance(own.get("params"), LocalNonpersistentObject):
+        own["params"] = own["params"].unwrap()
+    return copy.deepcopy(best) | own
