@@ -67,10 +67,10 @@ TWINS = (
         eval_sequences=0,
         eval_every=4000,
     ),
-    Twins(  # GPT-3's smallest in shape and schedule, on bytes
+    Twins(  # GPT-2's smallest in shape, on bytes; the schedule of GPT-3's
         dense="gpt-small",
         moe="gpt-small-moe96",
-        model=ModelConfig(block_size=1024, n_layer=12, n_head=12, d_model=768, model_options={"positions": "rotary"}),
+        model=ModelConfig(block_size=1024, n_layer=12, n_head=12, d_model=768, bias=True),
         experts=MoEConfig(num_experts=96, top_k=2),
         optim=OptimConfig(steps=100_000, batch_size=64, lr=6e-4, min_lr=6e-5, warmup_steps=2000),
         eval_sequences=512,

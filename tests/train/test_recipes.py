@@ -1,5 +1,6 @@
 """Each recipe trains; full-size ones are built on the meta device, and trained at a fraction of their size."""
 
+import dataclasses
 import sys
 import types
 
@@ -8,11 +9,12 @@ import torch
 from tiny_run import change, losses, make_trainer
 
 import fastmoe
+from fastmoe.models import NAMED
 from fastmoe.train.build import build_model
 from fastmoe.train.command import main, parse
 from fastmoe.train.config import TrainConfig
 from fastmoe.train.loop import train
-from fastmoe.train.models import train_flops_per_token
+from fastmoe.train.models import model_config, train_flops_per_token
 from fastmoe.train.options import merge, to_plain
 from fastmoe.train.recipes import RECIPES, TWINS, recipe
 
@@ -44,28 +46,35 @@ def test_twenty_steps(name, text_file, tmp_path):
 def test_twins_cost_the_same_but_for_the_router(twins):
     flops = {}
     for name in (twins.dense, twins.moe):
-        config = recipe(name)
+        config = change(recipe(name), model={"n_layer": 2})
         with torch.device("meta"):
             model = build_model(config, config.mode)
-        flops[name] = train_flops_per_token(model, config.model)
-        routers = sum(
-            layer.router.num_parameters()
-            if hasattr(layer.router, "num_parameters")
-            else sum(p.numel() for p in layer.router.parameters())
-            for layer in fastmoe.moe_layers(model).values()
-        )
-        flops[name] -= 6 * routers
+        routers = [layer.router for layer in fastmoe.moe_layers(model).values()]
+        in_routers = sum(parameter.numel() for router in routers for parameter in router.parameters())
+        flops[name] = train_flops_per_token(model, config.model) - 6 * in_routers
     assert flops[twins.moe] == pytest.approx(flops[twins.dense], rel=0.01)
 
 
+@pytest.mark.parametrize("name", sorted(FULL_SIZE))
+def test_full_size_models_are_those_of_the_table_of_models(name):
+    """But for the vocabulary, which is of bytes here."""
+    known, ours = NAMED[name].config, recipe(name)
+    assert dataclasses.replace(known, num_experts=0, vocab_size=256, d_hidden=None) == dataclasses.replace(
+        model_config(ours.model), d_hidden=None
+    )
+    assert known.num_experts == (ours.moe.num_experts if ours.mode == "moe" else 0)
+    assert (known.top_k, known.expert_hidden, known.router) == (ours.moe.top_k, None, ours.moe.router)
+    assert ours.model.dense_hidden == (known.d_hidden or 4 * known.d_model)
+
+
 def test_published_sizes():
-    with torch.device("meta"):
-        dense, moe = (
-            build_model(recipe(name), recipe(name).mode) for name in ("txl-enwik8-base", "txl-enwik8-base-moe64")
-        )
-    total = [sum(p.numel() for p in model.parameters()) for model in (dense, moe)]
-    assert total[0] == pytest.approx(41e6, rel=0.02)
-    assert 18 < total[1] / total[0] < 22
+    sizes = []
+    for name in ("txl-enwik8-base", "txl-enwik8-base-moe64"):
+        with torch.device("meta"):
+            model = build_model(recipe(name), recipe(name).mode)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sizes[0] == pytest.approx(41e6, rel=0.02)
+    assert 18 < sizes[1] / sizes[0] < 22
 
 
 @pytest.mark.parametrize("name", RECIPES)
