@@ -169,9 +169,12 @@ def expert_bias_after_a_step():
 
 
 def all_arguments():
-    """The names of Megatron's arguments about MoE."""
+    """The names of Megatron's arguments about MoE, and those in each of the tables."""
+    from fastmoe.integrations.megatron import arguments
+
     names = type(config()).__dataclass_fields__
-    return [name for name in names if name.startswith(("moe_", "num_moe_", "overlap_moe"))]
+    about_moe = [name for name in names if name.startswith(("moe_", "num_moe_", "overlap_moe"))]
+    return about_moe, [list(arguments.READ), list(arguments.OF_NO_EFFECT), list(arguments.UNSUPPORTED)]
 
 
 def same_values_of_others():

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_processes import run
-
-from fastmoe.integrations.megatron import arguments
+from moefy_cases import all_arguments
 
 PAGE = (Path(__file__).parents[2] / "docs" / "megatron.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
@@ -37,6 +36,7 @@ def run_blocks(blocks):
     return found
 
 
-def test_the_page_names_what_the_code_reads_and_refuses():
-    for name in (*arguments.READ, *arguments.UNSUPPORTED):
+def test_the_page_names_what_the_code_reads_and_refuses(version):
+    ((_, (read, _, unsupported)),) = run(version, 1, all_arguments)
+    for name in (*read, *unsupported):
         assert f"`{name}`" in PAGE, name

@@ -8,9 +8,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
     from torch.distributed import ProcessGroup
-
-    from fastmoe.integrations.megatron.layer import FastMoELayer
 
 # fastmoe's name of a loss: Megatron's, and the router's attribute with its weight, which is left out of metrics.
 NAMES = {
@@ -20,14 +19,15 @@ NAMES = {
 }
 
 
-def attach_losses(layer: FastMoELayer, y: Tensor, losses: dict[str, Tensor], num_tokens: int | Tensor) -> Tensor:
+def attach_losses(layer: MegatronModule, y: Tensor, losses: dict[str, Tensor], num_tokens: int | Tensor) -> Tensor:
     """`y`, with the losses in its graph.
 
     A loss is that of all processes of the statistics group, and its gradient here is scaled for their mean to be
     right. Megatron takes the mean over replicas of the model alone, and the sum within one.
 
     Args:
-        y: the layer's output.
+        layer: a `FastMoELayer`.
+        y: its output.
         losses: weighted, by name.
         num_tokens: tokens here that count. With `calculate_per_token_loss` Megatron divides all gradients by the number
             of all tokens, which this undoes.
@@ -42,7 +42,7 @@ def attach_losses(layer: FastMoELayer, y: Tensor, losses: dict[str, Tensor], num
     return y
 
 
-def _record(layer: FastMoELayer, name: str, loss: Tensor) -> None:
+def _record(layer: MegatronModule, name: str, loss: Tensor) -> None:
     config, router = layer.config, layer.moe.router
     known, weight_name = NAMES.get(name, (name, ""))
     if name == "load_balance" and layer.stats_group is layer.groups.global_batch:
