@@ -62,6 +62,19 @@ def test_many_processes_train_as_one_does(exact, tmp_path, name):
         assert results(config)["histories"]["moe"]["loads"] == results(exact)["histories"]["moe"]["loads"]
 
 
+def test_two_processes_remember_as_one_does(exact, tmp_path):
+    """Each its own streams; the last bytes of the held-out text, which do not divide, count once."""
+    one = change(exact, mode="moe", model={"arch": "lstm"}, data={"eval_sequences": 0}, optim={"steps": 4})
+    two = change(one, run={"out": tmp_path / "two"})
+    running = start([*as_flags(two), "--ep", "2"], torchrun(2))
+    assert main(as_flags(one)) == 0
+    finish(running)
+    assert losses(two.run.out, "moe") == pytest.approx(losses(one.run.out, "moe"), rel=1e-4)
+    for figure in ("valid_loss", "test_loss"):
+        assert results(two)["results"]["moe"][figure] == pytest.approx(results(one)["results"]["moe"][figure], rel=1e-4)
+    assert len(list((two.run.out / "moe").glob("memory-00000004-*.pt"))) == 4
+
+
 def test_a_checkpoint_of_one_process_goes_on_on_two(exact, tmp_path):
     config = change(exact, mode="moe")
     assert main(as_flags(config)) == 0
