@@ -9,6 +9,7 @@ from fastmoe.train.compare import AXES, Side
 from fastmoe.train.plots import new_figure
 
 LABELS = {"steps": "steps", "seconds": "seconds of training", "flops": "training FLOPs"}
+TITLES = {"steps": "steps", "seconds": "time", "flops": "FLOPs"}
 LONGEST = 80
 
 
@@ -27,7 +28,7 @@ def plot_sides(sides: Sequence[Side], path: Path, caption: str) -> None:
             low, high = ([v + sign * s for v, s in zip(y, spread, strict=True)] for sign in (-1, 1))
             panel.fill_between(x, low, high, alpha=0.2)
         panel.axhline(sides[0].losses[-1], color="grey", linewidth=0.8, linestyle="--")
-        panel.set(xlabel=LABELS[axis], title=f"at equal {LABELS[axis].split()[-1] if axis == 'flops' else axis}")
+        panel.set(xlabel=LABELS[axis], title=f"at equal {TITLES[axis]}")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss, bits per byte")
     figure.legend(loc="outside lower center")
