@@ -60,6 +60,8 @@ class MegatronMLP(FastMoELayer):
                 "distributed_experts=False, the same experts in all workers, needs expert_model_parallel_size=1, got "
                 f"{workers.size}"
             )
+        if fmoe_num_experts is None and config.num_moe_experts is None:
+            raise ValueError("give fmoe_num_experts=, or TransformerConfig(num_moe_experts=)")
         each = None if fmoe_num_experts is None else check_int("fmoe_num_experts", fmoe_num_experts, 1)
         chosen = check_int("top_k", config.moe_router_topk if top_k is None else top_k, 1)
         weight = check_number("balance_loss_weight", balance_loss_weight) / config.num_layers

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 
 import torch
 from megatron_models import batch, dense, gpt, loss_of
@@ -12,8 +13,9 @@ from torch import nn
 
 
 def own_gate(d_model, num_expert, world_size, top_k):
-    """A gate of one's own: FastMoE's documentation has such a class."""
+    """A gate of one's own, which goes by all workers' tokens in both ways that FastMoE has."""
     from fmoe.gates import BaseGate
+    from fmoe.gates.utils import limit_by_capacity
 
     class Own(BaseGate):
         def __init__(self):
@@ -22,7 +24,8 @@ def own_gate(d_model, num_expert, world_size, top_k):
 
         def forward(self, x):
             weights_TK, ids_TK = self.scores(x).sigmoid().topk(top_k)
-            self.set_loss(weights_TK.square().mean())
+            *_, ids_TK = limit_by_capacity(ids_TK, num_expert, world_size, 1000)
+            self.set_loss(self.sharers().sum_for_loss(weights_TK.square().sum()) / 64)
             return ids_TK, weights_TK
 
     return Own()
@@ -89,6 +92,14 @@ def losses_and_norms(case, steps=3):
         optimizer.zero_grad()
         found.append((loss, float(norm)))
     return found, pieces(model.module)
+
+
+def gate_gradients(weight):
+    """Of each layer's gate, where its loss has this weight."""
+    torch.manual_seed(1)
+    model = wrapped(gate=own_gate, balance_loss_weight=weight)
+    forward_backward(model, 1)
+    return [layer.mlp.gate.scores.weight.main_grad for layer in model.module.decoder.layers]
 
 
 def layers_of(**options):
@@ -222,73 +233,10 @@ def reduced_by_hand():
     return found
 
 
-def continued(folder, steps, *, load=False, save_after=None, optimizer=None, random=False):
-    """Train, on from the last checkpoint if `load`, and save after so many of the steps.
-
-    The iteration, losses, learning rate and values at the end.
-    """
-    from fmoe.megatron import load_checkpoint, save_checkpoint
-
-    given = dict(optimizer or {})
-    model = wrapped(bf16=given.pop("bf16", False), **({"balance_strategy": "noisy"} if random else {}))
-    optimizer = optimizer_of(model, min_lr=1e-4, **given)
-    scheduler = scheduler_of(optimizer)
-    iteration = load_checkpoint(model, optimizer, scheduler, folder) if load else 0
-    losses = []
-    for step in range(steps + 1):
-        if step == save_after:
-            save_checkpoint(iteration + step, model, optimizer, scheduler, folder)
-        if step < steps:
-            losses += forward_backward(model, 1)
-            optimizer.step()
-            scheduler.step(1)
-            model.zero_grad_buffer()
-            optimizer.zero_grad()
-    return iteration + steps, losses, optimizer.param_groups[0]["lr"], pieces(bare(model))
-
-
-def scheduler_of(optimizer):
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    return OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=1e-2, min_lr=1e-4, lr_warmup_steps=2, lr_decay_steps=10, lr_decay_style="linear",
-        start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant",
-    )  # fmt: skip
-
-
-def killed_while_saving(folder):
-    """A process that dies before its second checkpoint has its name."""
-    import os
-
-    from fmoe.megatron import checkpoint
-
-    checkpoint.write_document = lambda *_: os._exit(3)
-    continued(folder, 1, load=True, save_after=1)
-
-
-def checkpoint_errors(folder):
-    from fmoe.megatron import load_checkpoint, save_checkpoint
-
-    model = wrapped()
-    other = fmoefied(dense({"num_layers": 1}))
-    optimizer = optimizer_of(model)
-    adam_less = folder / "without"
-    forward_backward(model, 1)
-    optimizer.step()
-    save_checkpoint(1, model, None, None, adam_less)
-    spread = wrapped(distributed=True)
-    spread_optimizer = optimizer_of(spread, use_distributed_optimizer=True)
-    forward_backward(spread, 1)
-    spread_optimizer.step()
-    (folder / "odd").mkdir()
-    (folder / "odd" / "latest_checkpointed_iteration.txt").write_text("release")
-    return {
-        "empty": load_checkpoint(model, None, None, folder / "nothing"),
-        "other": error_of(lambda: load_checkpoint(other, None, None, adam_less)),
-        "optimizer": error_of(lambda: load_checkpoint(model, optimizer, None, adam_less)),
-        "zero": error_of(lambda: save_checkpoint(0, model, None, None, folder)),
-        "pieces": error_of(lambda: save_checkpoint(1, [model, model], None, None, folder)),
-        "distributed": error_of(lambda: save_checkpoint(1, spread, spread_optimizer, None, folder / "spread")),
-        "odd": error_of(lambda: load_checkpoint(model, None, None, folder / "odd")),
-        "list": load_checkpoint([model], None, None, adam_less),
-    }
+def run_blocks(blocks, folder):
+    """One after another; what `iteration` is then."""
+    os.chdir(folder)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "block", "exec"), names)
+    return names["iteration"]

@@ -1,10 +1,17 @@
 """`fmoe.megatron`: FastMoE's lines for Megatron, over Megatron-Core."""
 
+import re
+from pathlib import Path
+
 import fmoe_megatron_cases as cases
+import fmoe_megatron_checkpoints as checkpoints
 import pytest
 import torch
 from megatron_processes import run
 from megatron_values import whole
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "migrating-megatron.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("gate", cases.GATES)
@@ -19,6 +26,20 @@ def test_numbers_are_the_same_on_two_workers(version, gate):
     assert values.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(values[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_two_pairs_of_workers(version):
+    """Each pair has all experts, and is one batch to its gates."""
+    answers = run(version, 4, cases.losses_and_norms, "own", steps=1, ep=2)
+    assert all(losses == answers[0][0] for losses, _ in answers)
+    whole(values for _, values in answers)
+
+
+def test_balance_losses_are_added_by_their_weight(version):
+    none, once, twice = (run(version, 1, cases.gate_gradients, weight)[0] for weight in (0.0, 1.0, 2.0))
+    for without, first, second in zip(none, once, twice, strict=True):
+        assert (first - without).abs().max() > 1e-4
+        torch.testing.assert_close(second - without, 2 * (first - without), rtol=1e-4, atol=1e-6)
 
 
 def test_layers_and_gates(version):
@@ -42,7 +63,7 @@ def test_what_cannot_be_is_said_and_nothing_changes(version):
         "gate": "unknown gate 'NiaveGate'. Did you mean 'NaiveGate'?",
         "both": "give one of them",
         "switch": "topk must be 1, got 2",
-        "none": "give num_experts=",
+        "none": "give fmoe_num_experts=",
         "zero": "fmoe_num_experts must be a whole number >= 1, got 0",
         "hidden": "ffn_hidden_size=48 is not a multiple of top_k=5",
         "weight": "balance_loss_weight must be a finite number >= 0, got -1.0",
@@ -108,9 +129,9 @@ OPTIMIZERS = {
 def test_a_run_goes_on_bit_equal_from_a_checkpoint(version, tmp_path, optimizer):
     """Saved after 2 of 4 steps on two workers; loaded and saved anew on one; 2 more steps on two workers."""
     case = {"optimizer": OPTIMIZERS[optimizer]}
-    through = run(version, 2, cases.continued, tmp_path, 4, save_after=2, ep=2, **case)
-    run(version, 1, cases.continued, tmp_path, 0, load=True, save_after=0, **case)
-    then = run(version, 2, cases.continued, tmp_path, 2, load=True, ep=2, **case)
+    through = run(version, 2, checkpoints.continued, tmp_path, 4, save_after=2, ep=2, **case)
+    run(version, 1, checkpoints.continued, tmp_path, 0, load=True, save_after=0, **case)
+    then = run(version, 2, checkpoints.continued, tmp_path, 2, load=True, ep=2, **case)
     for found, expected in zip(then, through, strict=True):
         assert found[:3] == (4, expected[1][2:], expected[2])
     values, expected = (whole([one[3] for one in answers]) for answers in (then, through))
@@ -120,25 +141,25 @@ def test_a_run_goes_on_bit_equal_from_a_checkpoint(version, tmp_path, optimizer)
 
 def test_random_numbers_go_on(version, tmp_path):
     """Whose noise a gate adds, on as many processes as before."""
-    (through,) = run(version, 1, cases.continued, tmp_path, 3, save_after=1, random=True)
-    (then,) = run(version, 1, cases.continued, tmp_path, 2, load=True, random=True)
+    (through,) = run(version, 1, checkpoints.continued, tmp_path, 3, save_after=1, random=True)
+    (then,) = run(version, 1, checkpoints.continued, tmp_path, 2, load=True, random=True)
     assert then[1] == through[1][1:]
 
 
 def test_a_killed_process_leaves_the_last_checkpoint(version, tmp_path):
-    run(version, 1, cases.continued, tmp_path, 1, save_after=1)
+    run(version, 1, checkpoints.continued, tmp_path, 1, save_after=1)
     with pytest.raises(AssertionError, match="exit code 3"):
-        run(version, 1, cases.killed_while_saving, tmp_path)
+        run(version, 1, checkpoints.killed_while_saving, tmp_path)
     assert (tmp_path / "iter_0000002.partial").is_dir()
-    (found,) = run(version, 1, cases.continued, tmp_path, 1, load=True, save_after=1)
+    (found,) = run(version, 1, checkpoints.continued, tmp_path, 1, load=True, save_after=1)
     assert found[0] == 2
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"}
-    assert run(version, 1, cases.continued, tmp_path, 0, load=True)[0][0] == 2
+    assert run(version, 1, checkpoints.continued, tmp_path, 0, load=True)[0][0] == 2
 
 
 def test_checkpoints_that_do_not_fit(version, tmp_path):
-    (found,) = run(version, 1, cases.checkpoint_errors, tmp_path)
+    (found,) = run(version, 1, checkpoints.checkpoint_errors, tmp_path)
     assert (found["empty"], found["list"]) == (0, 1)
     assert "is not a checkpoint of this model: " in found["other"]
     assert "has no optimizer: give None for it" in found["optimizer"]
@@ -146,3 +167,15 @@ def test_checkpoints_that_do_not_fit(version, tmp_path):
     assert "without virtual pipeline stages, got 2" in found["pieces"]
     assert "Apex's Adam alone, and this is PyTorch's AdamW" in found["distributed"]
     assert "must hold the number of an iteration, got 'release'" in found["odd"]
+
+
+def test_blocks_of_the_guide_run(version, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+    assert len(blocks) == 3
+    assert run(version, 1, cases.run_blocks, blocks, tmp_path) == [1]
+
+
+def test_what_is_gone_is_in_the_guide():
+    gone = re.findall(r"^    \"(\w+)\": \"", (ROOT / "fmoe" / "megatron" / "__init__.py").read_text(), re.M)
+    assert len(gone) == 5
+    assert all(f"`{name}`" in PAGE for name in gone)
