@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=["census", "synthetic"])
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="census: one file or two")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     where = machine() | {"polars": importlib.metadata.version("polars")}  # before the pictures change the checkout
     start = time.perf_counter()

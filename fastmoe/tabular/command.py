@@ -33,7 +33,7 @@ class CensusCommand:
     """How many times each model is trained."""
     models: tuple[str, ...] = ("mmoe", "shared_bottom", "single_task")
     """Of mmoe, omoe, shared_bottom, single_task."""
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    lrs: tuple[float, ...] = (5e-4, 1e-3)
     """Learning rates, of which each model takes the best on the validation rows."""
     d_expert: int = 8
     """Width of each of the 8 experts; the widths of the other models follow."""

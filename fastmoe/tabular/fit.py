@@ -26,7 +26,7 @@ class FitOptions:
     lr: float = 1e-3
     """Of Adam, constant."""
     batch_size: int = 512
-    max_epochs: int = 40
+    max_epochs: int = 60
     patience: int = 4
     """Stop after so many epochs without a higher AUC on the validation rows."""
     max_steps: int | None = None

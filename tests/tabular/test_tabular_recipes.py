@@ -86,7 +86,10 @@ def test_census_command(file, tmp_path, capsys):
     assert list(result["models"]) == ["mmoe", "shared_bottom", "single_task"]
     for row in result["models"].values():
         assert len(row["test_auc"]) == len(row["valid_auc"]) == 2
-        assert row["lr"] in (3e-4, 1e-3, 3e-3)
+        assert list(row["lrs"]) == ["0.0005", "0.001"]
+        chosen = row["lrs"][f"{row['lr']:g}"]
+        assert chosen["test_auc_mean"] == row["test_auc_mean"]
+        assert chosen["valid_auc_mean"] == max(rate["valid_auc_mean"] for rate in row["lrs"].values())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"census.json", "census_auc.png", "census_gates.png"}
     assert "shared bottom" in capsys.readouterr().out
 
