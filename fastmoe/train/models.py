@@ -14,7 +14,8 @@ from fastmoe.train.config import Arch, ModelConfig
 
 VOCAB_SIZE = 256
 BLOCKS = (gpt.Block, transformer_xl.Block)
-SHAPE = ("block_size", "n_layer", "n_head", "d_model", "dropout", "bias")
+DEFAULTS = ModelConfig()
+SHAPE = ("n_layer", "n_head", "d_model", "dropout", "bias")
 
 LanguageModel = gpt.GPT | transformer_xl.TransformerXL | lstm.LSTMLanguageModel
 
@@ -43,8 +44,15 @@ def model_config(shape: ModelConfig) -> Any:
         ValueError: an option that this model does not have, or that has a name of its own.
     """
     known = {field.name for field in fields(MODELS[shape.arch].config)}
-    given = {name: getattr(shape, name) for name in SHAPE if name in known}
-    given |= {"vocab_size": VOCAB_SIZE, "d_hidden": shape.dense_hidden}
+    given: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "d_hidden": shape.dense_hidden}
+    if "block_size" in known:
+        given["block_size"] = shape.block_size
+    for name in SHAPE:
+        value, default = getattr(shape, name), getattr(DEFAULTS, name)
+        if name in known:
+            given[name] = value
+        elif value != default:
+            raise ValueError(f"arch {shape.arch!r} has no {name}: expected it to be left at {default}; got {value}")
     for name, value in shape.model_options.items():
         if name not in known or name in given:
             raise unknown_name(f"model option of {shape.arch}", name, sorted(known - given.keys()))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_run import change, make_trainer
+from tiny_run import LSTM, change, make_trainer
 
 from fastmoe.train import checkpoint
 from fastmoe.train.loop import train
 
 ARCHITECTURES = {
-    "lstm": {"arch": "lstm"},
+    "lstm": LSTM,
     "transformer_xl": {"arch": "transformer_xl", "model_options": {"memory_length": 16}},
 }
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from tiny_run import as_flags, change, finish, losses, start, torchrun, wait_for_checkpoint
+from tiny_run import LSTM, as_flags, change, finish, losses, start, torchrun, wait_for_checkpoint
 
 from fastmoe.train import checkpoint
 from fastmoe.train.command import main
@@ -64,7 +64,7 @@ def test_many_processes_train_as_one_does(exact, tmp_path, name):
 
 def test_two_processes_remember_as_one_does(exact, tmp_path):
     """Each its own streams; the last bytes of the held-out text, which do not divide, count once."""
-    one = change(exact, mode="moe", model={"arch": "lstm"}, data={"eval_sequences": 0}, optim={"steps": 4})
+    one = change(exact, mode="moe", model=LSTM, data={"eval_sequences": 0}, optim={"steps": 4})
     two = change(one, run={"out": tmp_path / "two"})
     running = start([*as_flags(two), "--ep", "2"], torchrun(2))
     assert main(as_flags(one)) == 0

@@ -19,14 +19,14 @@ from fastmoe.train.options import merge, to_plain
 from fastmoe.train.recipes import RECIPES, TWINS, recipe
 
 FULL_SIZE = {"txl-enwik8-base", "txl-enwik8-base-moe64", "gpt-small", "gpt-small-moe96", "lstm-dense", "lstm-moe512"}
-SMALL = {"model": {"d_model": 32, "d_hidden": 64, "n_head": 2, "block_size": 16}, "moe": {"num_experts": 8}}
+SMALL = {"model": {"d_model": 32, "d_hidden": 64, "block_size": 16}, "moe": {"num_experts": 8}}
 SHORT = {"optim": {"steps": 20, "batch_size": 4, "warmup_steps": 2, "lr": 1e-2}, "data": {"eval_sequences": 8}}
 
 
 def fraction(name, text_file, out):
     """The recipe with its schedule cut to 20 steps; full-size ones also with narrow layers and few experts."""
-    layers = 1 if recipe(name).model.arch != "lstm" else 2
-    small = SMALL | {"model": SMALL["model"] | {"n_layer": layers}} if name in FULL_SIZE else {}
+    layers = {} if recipe(name).model.arch == "lstm" else {"n_layer": 1, "n_head": 2}
+    small = SMALL | {"model": SMALL["model"] | layers} if name in FULL_SIZE else {}
     run = {"out": out, "device": "cpu", "tensorboard": False}
     config = change(recipe(name), **small, **{key: dict(value) for key, value in SHORT.items()}, run=run)
     return change(config, data={"path": text_file})
@@ -46,7 +46,8 @@ def test_twenty_steps(name, text_file, tmp_path):
 def test_twins_cost_the_same_but_for_the_router(twins):
     flops = {}
     for name in (twins.dense, twins.moe):
-        config = change(recipe(name), model={"n_layer": 2})
+        layers = {} if recipe(name).model.arch == "lstm" else {"n_layer": 2}
+        config = change(recipe(name), model=layers)
         with torch.device("meta"):
             model = build_model(config, config.mode)
         routers = [layer.router for layer in fastmoe.moe_layers(model).values()]
@@ -97,6 +98,7 @@ def test_flags_go_over_a_recipe(tmp_path):
     [
         (["--recipe", "txl-tinny"], "unknown recipe 'txl-tinny'. Did you mean 'txl-tiny'"),
         (["--recipe", "txl-tiny", "--preset", "demo"], "expected a preset or a recipe; got both"),
+        (["--recipe", "lstm-tiny", "--n-head", "2"], "arch 'lstm' has no n_head: expected it to be left at 6; got 2"),
         (["--recipe", "gpt-tiny", "--model-options", "memory_length=3"], "unknown model option of gpt 'memory_length'"),
         (["--recipe", "txl-tiny", "--model-options", "d_model=3"], "unknown model option of transformer_xl 'd_model'"),
     ],

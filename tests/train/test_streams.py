@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_run import change, make_trainer
+from tiny_run import LSTM, change, make_trainer
 
 from fastmoe.train.batches import Share, Windows
 from fastmoe.train.streams import Streams
@@ -64,7 +64,7 @@ def test_all_windows_are_evaluated_where_none_are_counted_off():
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_bits_per_byte_are_those_of_one_byte_after_the_other(tiny, kind):
     """The LSTM's state makes it the same computation, byte by byte, on probabilities."""
-    config = change(tiny, model={"arch": "lstm", "dropout": 0.0}, data={"eval_sequences": 0})
+    config = change(tiny, model=LSTM | {"dropout": 0.0}, data={"eval_sequences": 0})
     trainer = make_trainer(config, kind)
     data = trainer.corpus.valid[:401]
     model = trainer.model.eval()

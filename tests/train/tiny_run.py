@@ -14,6 +14,9 @@ from fastmoe.train.options import to_plain
 from fastmoe.train.trainer import Trainer
 from fastmoe.train.world import World, find_device
 
+LSTM = {"arch": "lstm", "n_layer": 6, "n_head": 6}
+"""The fields that it lacks, as they are by default."""
+
 
 def change(config, **sections):
     """`config` with some fields of some sections changed: change(config, run={"resume": True}, mode="moe")."""
