@@ -6,7 +6,9 @@ All start with a fresh optimizer, and see the same data.
 """
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,12 +26,13 @@ from fastmoe.train.options import merge, to_plain
 from fastmoe.train.trainer import Trainer
 from fastmoe.train.world import World
 
-EXPERTS, STEPS, EVERY = 16, 600, 50
+EXPERTS, STEPS, EVERY = 16, 300, 30
 WAYS = {"gpt-tiny, trained on": None, "upcycled, top 1 of 16": 1, "upcycled, top 2 of 16": 2}
 
 
 def go_on(dense: Path, top_k: int | None, out: Path) -> Path:
     """Train a finished dense run on, as it is or with experts; the run's folder, as `fastmoe train` leaves it."""
+    torch.set_num_threads(1)
     folder = out / f"upcycling-{top_k or 'dense'}-{dense.name.rpartition('-')[2]}"
     if (folder / "results.json").is_file():
         return folder
@@ -77,7 +80,10 @@ def write(trainer: Trainer, folder: Path) -> None:
 
 def upcycling(dense_runs: list[Path], out: Path, picture: Path) -> dict:
     """Curves of all ways, means over the dense runs; losses by FLOPs after the dense run's."""
-    sides = [Side(label, [read_run(go_on(dense, top_k, out)) for dense in dense_runs]) for label, top_k in WAYS.items()]
+    todo = [(dense, top_k, out) for dense in dense_runs for top_k in WAYS.values()]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        folders = list(pool.map(go_on, *zip(*todo, strict=True)))
+    sides = [Side(label, [read_run(each) for each in folders[i :: len(WAYS)]]) for i, label in enumerate(WAYS)]
     plot_sides(sides, picture, f"{sides[0].runs[0].details['corpus']['name']}; from gpt-tiny after its last step")
     target = sides[0].losses[-1]
     return {
