@@ -4,6 +4,7 @@ from fastmoe.models.common import language_model_step
 from fastmoe.models.evaluate import evaluate_bits_per_byte, evaluate_nats
 from fastmoe.models.gpt import GPT, GPTConfig
 from fastmoe.models.lstm import LSTMConfig, LSTMLanguageModel
+from fastmoe.models.mmoe import MultiTask, MultiTaskConfig
 from fastmoe.models.named import NAMED, build, named_config
 from fastmoe.models.transformer_xl import TransformerXL, TransformerXLConfig
 
@@ -13,6 +14,8 @@ __all__ = [
     "GPTConfig",
     "LSTMConfig",
     "LSTMLanguageModel",
+    "MultiTask",
+    "MultiTaskConfig",
     "TransformerXL",
     "TransformerXLConfig",
     "build",
