@@ -71,7 +71,8 @@ def load_checkpoint(model: Any, optimizer: Any, lr_scheduler: Any, load: Directo
         The iteration; 0, and nothing is changed, where there is no checkpoint yet.
 
     Raises:
-        ValueError: the checkpoint and the model have not the same parameters, or it lacks what is asked for.
+        ValueError: the checkpoint and the model have not the same parameters, or it lacks what is asked for. Parameters
+            may then be loaded in part.
     """
     bare, tracker = _bare(model), Path(load) / TRACKER
     if not tracker.is_file():
@@ -130,7 +131,10 @@ def _publish(folder: CheckpointFolder, iteration: int) -> None:
     folder.publish()
     tracker = folder.path.with_name(TRACKER)
     partial = tracker.with_name(f"{TRACKER}.partial")
-    partial.write_text(str(iteration), encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(tracker)
     sync_folder(tracker.parent)
 

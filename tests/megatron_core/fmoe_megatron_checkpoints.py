@@ -42,6 +42,22 @@ def scheduler_of(optimizer):
     )  # fmt: skip
 
 
+def rates_after_loading(folder):
+    """By group, whether it is of experts, and the learning rate that it had when it was saved, without a scheduler."""
+    from fmoe.megatron import load_checkpoint, save_checkpoint
+
+    model = wrapped()
+    optimizer = optimizer_of(model)
+    forward_backward(model, 1)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5 if group["is_expert_parallel"] else 0.25
+    save_checkpoint(1, model, optimizer, None, folder)
+    optimizer = optimizer_of(model)
+    load_checkpoint(model, optimizer, None, folder)
+    return [(group["is_expert_parallel"], group["lr"]) for group in optimizer.param_groups]
+
+
 def killed_while_saving(folder):
     """A process that dies before its second checkpoint has its name."""
     from fmoe.megatron import checkpoint

@@ -139,6 +139,11 @@ def test_a_run_goes_on_bit_equal_from_a_checkpoint(version, tmp_path, optimizer)
     assert all(torch.equal(values[name], value) for name, value in expected.items())
 
 
+def test_groups_of_parameters_keep_their_learning_rates(version, tmp_path):
+    for rates in run(version, 2, checkpoints.rates_after_loading, tmp_path, ep=2):
+        assert sorted(rates) == [(False, 0.25), (False, 0.25), (True, 0.5)]
+
+
 def test_random_numbers_go_on(version, tmp_path):
     """Whose noise a gate adds, on as many processes as before."""
     (through,) = run(version, 1, checkpoints.continued, tmp_path, 3, save_after=1, random=True)
