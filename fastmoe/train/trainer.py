@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fastmoe.train.build import autocast_dtype, build_batches, build_model, buil
 from fastmoe.train.config import Kind, TrainConfig
 from fastmoe.train.corpus import Corpus
 from fastmoe.train.history import BITS, History
-from fastmoe.train.memory import Memory, load_memory, prune_memory, save_memory
+from fastmoe.train.memory import Memories, Memory, prune_memory
 from fastmoe.train.options import to_plain
 from fastmoe.train.world import World
 
@@ -40,7 +39,7 @@ class Trainer:
         self.step = 0
         self.saved: int | None = None
         self.batches = build_batches(config)
-        self.memory: list[Memory] = [None] * config.optim.grad_accumulation
+        self.memory = Memories(self.folder, config.optim.grad_accumulation, world.rank, world.size)
         self._check_data()
         self.history = History()
         self.grad_norm = torch.zeros(())
@@ -72,7 +71,7 @@ class Trainer:
         tokens_BS, targets_BS = self._draw_batch(index)
         with self._no_sync(is_last=index == micro_steps - 1):
             with self._autocast():
-                loss, self.memory[index] = self._loss(tokens_BS, targets_BS, self.memory[index])
+                loss, self.memory.values[index] = self._loss(tokens_BS, targets_BS, self.memory.values[index])
             (loss / micro_steps).backward()
         return loss.detach()
 
@@ -153,22 +152,12 @@ class Trainer:
         path = checkpoint.path_of(self.folder, self.step)
         if self.world.is_main:
             checkpoint.delete(path)
-        if self.has_memory:
-            save_memory(self.folder, self.step, dict(zip(self._parts(), self.memory, strict=True)))
+        self.memory.save(self.step)
         fastmoe.save(self.model, self.optimizer, path, extra=self._extra())
         self.saved = self.step
         if self.world.is_main:
             kept = checkpoint.prune(self.folder, self.config.run.keep_checkpoints)
             prune_memory(self.folder, kept)
-
-    @property
-    def has_memory(self) -> bool:
-        return any(memory is not None for memory in self.memory)
-
-    def _parts(self) -> list[int]:
-        """The numbers of this process's shares of a batch, one for each micro-step; see `Share`."""
-        micro_steps = self.config.optim.grad_accumulation
-        return [index * self.world.size + self.world.rank for index in range(micro_steps)]
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -177,7 +166,7 @@ class Trainer:
             "history": self.history.to_plain(),
             "config": to_plain(self.config),
             "corpus": self.corpus.sha256,
-            "memory_parts": len(self.memory) * self.world.size if self.has_memory else 0,
+            "memory_parts": self.memory.saved_parts,
         }
 
     def restore(self, path: Path) -> Path:
@@ -196,20 +185,9 @@ class Trainer:
             group.update(own)
         self.history = History(**extra["history"])
         self.step = self.saved = extra["step"]
-        self.world.together.each(lambda: self._restore_memory(extra.get("memory_parts", 0)))
+        parts = extra.get("memory_parts", 0)
+        self.world.together.each(lambda: self.memory.restore(self.step, parts, self.world.device))
         return path
-
-    def _restore_memory(self, parts: int) -> None:
-        """As it was, if the batch is shared out as it was; else it starts empty, which a few steps feel."""
-        own = len(self.memory) * self.world.size
-        if parts == own:
-            self.memory = load_memory(self.folder, self.step, self._parts(), self.world.device)
-        elif parts and self.world.is_main:
-            warnings.warn(
-                f"the memory was saved in {parts} parts and is needed in {own} (micro-steps * processes): "
-                "it starts empty",
-                stacklevel=2,
-            )
 
     def _check_same_run(self, path: Path, extra: dict[str, Any]) -> None:
         plain, defaults = to_plain(self.config), to_plain(TrainConfig())
