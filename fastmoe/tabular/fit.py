@@ -23,8 +23,6 @@ EVAL_ROWS = 4096
 
 @dataclass(frozen=True)
 class FitOptions:
-    lr: float = 1e-3
-    """Of Adam, constant."""
     batch_size: int = 512
     max_epochs: int = 60
     patience: int = 4
@@ -33,7 +31,6 @@ class FitOptions:
     """Stop after so many steps, whatever the epoch."""
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr)
         for name in ("batch_size", "max_epochs", "patience"):
             check_int(name, getattr(self, name), 1)
         if self.max_steps is not None:
@@ -64,19 +61,20 @@ class Fit:
     utilization: list[list[float]] | None
 
 
-def fit(data: Census, config: MultiTaskConfig, sharing: str, seed: int, options: FitOptions) -> Fit:
-    """Train a `MultiTask` on the sum of the tasks' cross entropies.
+def fit(data: Census, config: MultiTaskConfig, sharing: str, seed: int, lr: float, options: FitOptions) -> Fit:
+    """Train a `MultiTask` on the sum of the tasks' cross entropies, by Adam at a constant learning rate.
 
     What tasks share, they stop together, by their mean AUC; the parts of `single_task` share nothing, and each stops by
     its own. `seed` sets the weights and the order of the rows, the same for every `sharing`.
     """
+    check_number("lr", lr)
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "weights"))
         model = MultiTask(config, sharing)
     tasks = list(range(config.num_tasks))
     groups = [Best([task]) for task in tasks] if sharing == "single_task" else [Best(tasks)]
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     batches = epochs_of(data.train, seed, options)
     epoch = 0
     for epoch, epoch_batches in enumerate(batches, start=1):

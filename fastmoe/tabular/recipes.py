@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def run_census(
         "tasks": census.tasks,
         "data": {"sha256": census.sha256, "rows": rows, "features": len(census.features), "split_seed": split_seed},
         "config": asdict(config),
-        "options": asdict(options or FitOptions()) | {"lr": "by validation, of lrs", "lrs": list(lrs)},
+        "options": asdict(options or FitOptions()) | {"lrs": list(lrs)},
         "seeds": list(seeds),
         "models": results,
     }
@@ -79,7 +79,7 @@ def census_model(
     fits: dict[float, list[Fit]] = {lr: [] for lr in lrs}
     for lr in lrs:
         for seed in seeds:
-            fits[lr].append(fit(census, config, sharing, seed, replace(options, lr=lr)))
+            fits[lr].append(fit(census, config, sharing, seed, lr, options))
             show(f"{LABELS[sharing]}, lr {lr:g}, seed {seed}: {describe(fits[lr][-1])}")
     rates = {f"{lr:g}": summary(of_lr) for lr, of_lr in fits.items()}
     best = max(lrs, key=lambda lr: rates[f"{lr:g}"]["valid_auc_mean"])

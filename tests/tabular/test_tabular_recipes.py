@@ -32,7 +32,7 @@ def census(file):
 def test_twenty_steps_of_each_are_the_same_for_the_same_seed(census, sharing):
     config = MultiTaskConfig(len(census.features), d_expert=4)
     before = torch.get_rng_state()
-    first, again, other = (fit(census, config, sharing, seed, SHORT) for seed in (0, 0, 1))
+    first, again, other = (fit(census, config, sharing, seed, 1e-3, SHORT) for seed in (0, 0, 1))
     assert (first.test_auc, first.valid_auc) == (again.test_auc, again.valid_auc)
     assert first.test_auc != other.test_auc
     assert torch.equal(torch.get_rng_state(), before)
@@ -41,7 +41,7 @@ def test_twenty_steps_of_each_are_the_same_for_the_same_seed(census, sharing):
 @pytest.mark.parametrize("sharing", BOTTOMS)
 def test_learns(census, sharing):
     config = MultiTaskConfig(len(census.features), d_expert=4)
-    done = fit(census, config, sharing, 0, FitOptions(lr=1e-2, batch_size=64, max_epochs=8))
+    done = fit(census, config, sharing, 0, 1e-2, FitOptions(batch_size=64, max_epochs=8))
     income, single = done.test_auc
     assert income > 0.6
     assert single > 0.99
@@ -56,7 +56,7 @@ def test_the_first_steps_follow_the_sum_of_cross_entropies(census):
 
 def test_stops_when_validation_does_not_rise(census):
     config = MultiTaskConfig(len(census.features), d_expert=4)
-    done = fit(census, config, "mmoe", 0, FitOptions(lr=0.0, max_epochs=50, patience=3))
+    done = fit(census, config, "mmoe", 0, 0.0, FitOptions(max_epochs=50, patience=3))
     assert (done.epochs, done.best_epochs) == (4, [1])
 
 
@@ -75,7 +75,7 @@ def test_max_steps_is_kept(census):
 
 
 def test_utilization_is_a_share_of_experts(census):
-    done = fit(census, MultiTaskConfig(len(census.features), d_expert=4), "mmoe", 0, SHORT)
+    done = fit(census, MultiTaskConfig(len(census.features), d_expert=4), "mmoe", 0, 1e-3, SHORT)
     assert torch.tensor(done.utilization).sum(1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
