@@ -221,3 +221,17 @@ def warned(overrides, options):
     logging.getLogger("fastmoe").addHandler(handler)
     fastmoe.moefy(dense(overrides), 4, **options)
     return records
+
+
+def norm_without_a_place():
+    """The message, and whether the model is as it was, where the second layer's norm could not be moved."""
+    import fastmoe
+
+    model = dense()
+    model.decoder.layers[1].mlp.linear_fc1.layer_norm_weight = nn.Parameter(torch.ones(32))
+    before = str(model), model.config.num_moe_experts
+    try:
+        fastmoe.moefy(model, num_experts=4)
+    except ValueError as error:
+        return str(error), (str(model), model.config.num_moe_experts) == before
+    return "no error", False

@@ -119,3 +119,9 @@ def test_every_layer_has_the_balance_loss(version):
 def test_changed_outputs_are_told(version, overrides, options):
     (messages,) = run(version, 1, moefy_cases.warned, overrides, options)
     assert [message.startswith("moefy: outputs change") for message in messages] == [True] * bool(overrides or options)
+
+
+def test_a_norm_that_has_no_place_changes_nothing(version):
+    message, unchanged = run(version, 1, moefy_cases.norm_without_a_place)[0]
+    assert "has no pre_mlp_layernorm to take the norm" in message
+    assert unchanged

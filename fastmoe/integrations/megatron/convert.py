@@ -19,7 +19,7 @@ from fastmoe.convert.recipe import INITS
 from fastmoe.convert.targets import Target, check_target, names
 from fastmoe.convert.upcycle import weights_sum_to_one
 from fastmoe.integrations.megatron.layer import FastMoELayer, experts_said
-from fastmoe.integrations.megatron.norms import norm_before
+from fastmoe.integrations.megatron.norms import check_norm, norm_before
 from fastmoe.integrations.megatron.routing import balancing_of
 from fastmoe.integrations.megatron.upcycle import copy_dense, dense_options
 
@@ -117,6 +117,8 @@ def put_layers(chosen: list[Place], make: Callable[[Place], FastMoELayer]) -> No
     """Put `make(place)` in each of these places; in none, and configurations are as before, if one cannot be made."""
     configs = {id(place.block.config): place.block.config for place in chosen}
     before = {key: dict(vars(config)) for key, config in configs.items()}
+    for place in chosen:
+        check_norm(place.parent, place.block)
     try:
         made = [(place, make(place)) for place in chosen]
     except BaseException:

@@ -8,18 +8,21 @@ from megatron.core.transformer.mlp import MLP
 from torch import nn
 
 
+def check_norm(parent: nn.Module, block: MLP) -> None:
+    """Raises:
+    ValueError: the norm in front is inside the block, and the layer around it has no place for it.
+    """
+    inside = getattr(block.linear_fc1, "layer_norm_weight", None) is not None
+    if inside and not isinstance(getattr(parent, "pre_mlp_layernorm", None), IdentityOp):
+        raise ValueError(f"{type(parent).__name__} has no pre_mlp_layernorm to take the norm that is in linear_fc1")
+
+
 @torch.no_grad()
 def norm_before(parent: nn.Module, block: MLP) -> None:
-    """Give the layer around `block` the norm that goes with it, if the block has it inside.
-
-    Raises:
-        ValueError: the layer has no place for a norm.
-    """
+    """Give the layer around `block` the norm that goes with it, if the block has it inside."""
     weight = getattr(block.linear_fc1, "layer_norm_weight", None)
     if weight is None:
         return
-    if not isinstance(getattr(parent, "pre_mlp_layernorm", None), IdentityOp):
-        raise ValueError(f"{type(parent).__name__} has no pre_mlp_layernorm to take the norm that is in linear_fc1")
     norm = _norm_class()(block.config, block.config.hidden_size, block.config.layernorm_epsilon)
     norm.to(weight.device, weight.dtype)
     for name in ("weight", "bias"):
