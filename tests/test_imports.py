@@ -27,7 +27,18 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
 }  # fmt: skip
-EXTRAS = {"triton", "transformers", "megatron", "matplotlib", "tensorboard", "tyro", "rich", "numpy", "plotly", "polars"}
+EXTRAS = {
+    "triton",
+    "transformers",
+    "megatron",
+    "matplotlib",
+    "tensorboard",
+    "tyro",
+    "rich",
+    "numpy",
+    "plotly",
+    "polars",
+}
 
 
 def imported_modules(source, package):
