@@ -28,7 +28,8 @@ class DataSet:
     """Of the file."""
 
     def by_hand(self, folder: Path) -> str:
-        return f"fetch {self.url} on a machine that can, and put it (or the file in it) here: {folder / self.name}.zip"
+        path = folder / self.name
+        return f"fetch {self.url} on a machine that can; put it here as {path}.zip, or the file in it as {path}"
 
 
 DATA_SETS = {
