@@ -103,7 +103,7 @@ def test_without_internet_it_says_how_to_do_it_by_hand(at, server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(
-        ValueError, match=r"By hand: fetch http://.*; put it here as .*enwik8.zip, or the file in it as"
+        ValueError, match=r"By hand: fetch http://.*; put it here as .*enwik8.zip, or the"
     ):
         fetch(data, tmp_path, Console(quiet=True))
     (tmp_path / "enwik8.zip").write_bytes(zipped(CONTENT))
