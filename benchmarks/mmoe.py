@@ -64,18 +64,23 @@ def print_census(result: dict) -> None:
     print("|---" * (3 + len(result["tasks"])) + "|")
     for model, row in result["models"].items():
         pairs = zip(row["test_auc_mean"], row["test_auc_std"], strict=True)
-        aucs = " | ".join(f"{mean:.4f} ± {std:.4f}" for mean, std in pairs)
+        aucs = " | ".join(f"{mean:.5f} ± {std:.5f}" for mean, std in pairs)
         print(f"| {LABELS[model]} | {row['parameters']:,} | {row['lr']:g} | {aucs} |")
     print("| published, MMoE | | |", *(f"{value:.4f} |" for value in PUBLISHED.values()))
 
 
 def print_synthetic(result: dict) -> None:
+    """Geometric means over seeds of the last loss; in brackets of its ratio to the first model's, seed by seed."""
     print("| model | parameters |", *(f"correlation {correlation} |" for correlation in result["losses"]))
     print("|---" * (2 + len(result["losses"])) + "|")
     for model, parameters in result["parameters"].items():
-        last = [[losses[-1] for losses in rows[model]] for rows in result["losses"].values()]
-        cells = " | ".join(f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}" for values in last)
-        print(f"| {LABELS[model]} | {parameters:,} | {cells} |")
+        cells = []
+        for models in result["losses"].values():
+            first, *_ = models.values()
+            ratios = [here[-1] / there[-1] for here, there in zip(models[model], first, strict=True)]
+            mean, ratio = (statistics.geometric_mean(v) for v in ([here[-1] for here in models[model]], ratios))
+            cells.append(f"{mean:.4f} ({ratio:.2f} times, {sum(r > 1 for r in ratios)} of {len(ratios)} higher)")
+        print(f"| {LABELS[model]} | {parameters:,} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

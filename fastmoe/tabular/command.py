@@ -113,11 +113,13 @@ def census_table(result: dict[str, Any]) -> Table:
 
 
 def synthetic_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"held-out loss after {result['steps'][-1]} steps, mean over {len(result['seeds'])} seeds")
+    table = Table(
+        title=f"held-out loss after {result['steps'][-1]} steps, geometric mean over {len(result['seeds'])} seeds"
+    )
     for column in ("model", "parameters", *(f"correlation {c}" for c in result["losses"])):
         table.add_column(column)
     for model, parameters in result["parameters"].items():
-        cells = [statistics.fmean(losses[-1] for losses in rows[model]) for rows in result["losses"].values()]
+        cells = [statistics.geometric_mean(losses[-1] for losses in rows[model]) for rows in result["losses"].values()]
         table.add_row(LABELS[model], f"{parameters:,}", *(f"{cell:.4f}" for cell in cells))
     return table
 

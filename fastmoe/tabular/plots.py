@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -55,13 +54,14 @@ def plot_aucs(aucs: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str
 def plot_curves(
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], steps: Sequence[int], path: Path
 ) -> None:
-    """A panel for each correlation: held-out loss over steps, a line for each model, mean over seeds and the standard
-    error of that mean as a band."""
+    """A panel for each correlation: held-out loss over steps, a line for each model: the geometric mean over seeds, as
+    one seed's problem is many times harder than another's."""
     figure = new_figure(3.8 * len(curves), 3.6)
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for panel, (correlation, models) in zip(panels, curves.items(), strict=True):
         for model, by_seed in models.items():
-            draw_band(panel, steps[1:], [losses[1:] for losses in by_seed], LABELS.get(model, model))
+            means = [statistics.geometric_mean(at_step) for at_step in zip(*by_seed, strict=True)]
+            panel.plot(steps[1:], means[1:], label=LABELS.get(model, model))
         panel.set_yscale("log")
         panel.set_title(f"correlation {correlation}", fontsize=10)
         panel.set_xlabel("steps")
@@ -69,15 +69,6 @@ def plot_curves(
     panels[0].set_ylabel("held-out mean squared error")
     panels[-1].legend()
     save(figure, path)
-
-
-def draw_band(panel: Axes, steps: Sequence[int], by_seed: Sequence[Sequence[float]], label: str) -> None:
-    at_step = list(zip(*by_seed, strict=True))
-    means = [statistics.fmean(values) for values in at_step]
-    errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in at_step]
-    (line,) = panel.plot(steps, means, label=label)
-    lows, highs = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-    panel.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def save(figure: Figure, path: Path) -> None:
