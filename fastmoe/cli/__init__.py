@@ -25,7 +25,7 @@ COMMANDS = {
         "train a language model, dense and as an MoE",
         "fastmoe.train.command",
         "train",
-        ("matplotlib", "numpy", "rich", "tensorboard", "tyro"),
+        ("matplotlib", "numpy", "polars", "rich", "tensorboard", "tyro"),
     ),
     "compare": Command(
         "draw two runs by steps, time and FLOPs",
