@@ -1,8 +1,7 @@
 """A trained dense model goes on in two ways: as it is, and as an MoE whose experts are copies of its blocks.
 
-Experts are as wide as the dense block: top 1 of them has equal active FLOPs, top 2 more, which the curve by FLOPs
-counts.
-All start with a fresh optimizer, and see the same data.
+Experts are as wide as the dense block: top 1 of them costs as much per token, top 2 more, and takes fewer steps:
+all ways have the same FLOPs, a fresh optimizer, and see the same data in the same order.
 """
 
 import json
@@ -26,7 +25,7 @@ from fastmoe.train.options import merge, to_plain
 from fastmoe.train.trainer import Trainer
 from fastmoe.train.world import World
 
-EXPERTS, STEPS, EVERY = 16, 300, 30
+EXPERTS, STEPS, EVALUATIONS = 16, 1000, 10
 WAYS = {"gpt-tiny, trained on": None, "upcycled, top 1 of 16": 1, "upcycled, top 2 of 16": 2}
 
 
@@ -38,16 +37,21 @@ def go_on(dense: Path, top_k: int | None, out: Path) -> Path:
         return folder
     trainer = start(dense, top_k)
     trainer.evaluate()
-    while trainer.step < STEPS:
+    steps = trainer.config.optim.steps
+    due = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    while trainer.step < steps:
         trainer.take_step()
-        if trainer.step % EVERY == 0:
+        if trainer.step in due:
             trainer.evaluate()
     write(trainer, folder)
     return folder
 
 
 def start(dense: Path, top_k: int | None) -> Trainer:
-    """Its newest checkpoint's weights, data in another order than before, a fresh optimizer."""
+    """Its newest checkpoint's weights, data in another order than before, a fresh optimizer.
+
+    As many steps as cost what `STEPS` of the dense model do, and a schedule that ends with them.
+    """
     before = merge(TrainConfig(), json.loads((dense / "results.json").read_text())["config"])
     config = replace(
         before,
@@ -58,7 +62,10 @@ def start(dense: Path, top_k: int | None) -> Trainer:
     trainer = Trainer(config, "dense", corpus, World(torch.device("cpu")))
     fastmoe.load(trainer.model, None, checkpoint.checkpoints(dense / "dense")[0])
     if top_k is not None:
+        cost = train_flops_per_token(trainer.model, config.model)
         fastmoe.moefy(trainer.model, num_experts=EXPERTS, top_k=top_k, init="upcycle")
+        dearer = train_flops_per_token(trainer.model, config.model) / cost
+        trainer.config = replace(config, optim=replace(config.optim, steps=round(STEPS / dearer)))
         trainer.optimizer = build_optimizer(trainer.model, config.optim)
     return trainer
 
