@@ -102,9 +102,7 @@ def test_without_internet_it_says_how_to_do_it_by_hand(at, server, tmp_path):
     data = at()
     server.shutdown()
     server.server_close()
-    with pytest.raises(
-        ValueError, match=r"By hand: fetch http://.*; put it here as .*enwik8.zip, or the"
-    ):
+    with pytest.raises(ValueError, match=r"By hand: fetch http://.*; put it here as .*enwik8.zip, or the"):
         fetch(data, tmp_path, Console(quiet=True))
     (tmp_path / "enwik8.zip").write_bytes(zipped(CONTENT))
     assert fetch(data, tmp_path, Console(quiet=True)).read_bytes() == CONTENT
