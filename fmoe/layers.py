@@ -13,7 +13,7 @@ from fastmoe._errors import check_int
 from fmoe.functions import AllGather, Slice, ensure_comm
 from fmoe.gates.base_gate import BaseGate
 from fmoe.gates.naive_gate import NaiveGate
-from fmoe.passage import through_experts
+from fmoe.passage import choices_of, through_experts
 from fmoe.workers import GroupAttribute
 
 if TYPE_CHECKING:
@@ -147,16 +147,12 @@ class FMoE(nn.Module):
         expert_ids, weights = self.gate(moe_inp)
         if self.gate_hook is not None:
             self.gate_hook(expert_ids, weights, None)
-        shape = num_tokens, self.top_k
-        for name, got in (("top_k_idx", expert_ids), ("top_k_val", weights)):
-            if got.numel() != num_tokens * self.top_k:
-                raise ValueError(f"the gate must return {name} of {shape}, got {tuple(got.shape)}")
-        expert_ids_TK = expert_ids.reshape(shape)
+        expert_ids_TK, weights_TK = choices_of(expert_ids, weights, num_tokens, self.top_k)
         if mask_T is not None:
             if len(mask_T) != num_tokens:
                 raise ValueError(f"mask must have a number for each of {num_tokens} rows, got {len(mask_T)}")
             expert_ids_TK = expert_ids_TK.masked_fill((mask_T != 0).unsqueeze(1), -1)
-        return expert_ids_TK, weights.reshape(shape)
+        return expert_ids_TK, weights_TK
 
     def _mask(self) -> Tensor | None:
         if (self.mask is None) != (self.mask_dict is None):

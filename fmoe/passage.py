@@ -115,3 +115,16 @@ def through_experts(
     answer = expert_fn(tree_unflatten([rows for rows, _ in arrived], structure), came_Pe.sum(0))
     after = torch.cat(tickets) if tickets else None
     return tree_map(lambda rows: rows_to_choices(passage.back(rows, after), pos_N, expert_ids_TK.numel()), answer)
+
+
+def choices_of(expert_ids: Tensor, weights: Tensor, num_tokens: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """What a gate answers for so many tokens, both as `(T, K)`.
+
+    Raises:
+        ValueError: an answer of another size.
+    """
+    shape = num_tokens, top_k
+    for name, got in (("top_k_idx", expert_ids), ("top_k_val", weights)):
+        if got.numel() != num_tokens * top_k:
+            raise ValueError(f"the gate must return {name} of {shape}, got {tuple(got.shape)}")
+    return expert_ids.reshape(shape), weights.reshape(shape)

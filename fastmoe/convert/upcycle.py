@@ -37,7 +37,7 @@ def moe_from_known(name: str, dense: FeedForward, recipe: Recipe) -> MoE:
     moe = recipe.make(dense.d_model, defaults, dense.output_dropout)
     if recipe.upcycles:
         _copy_weights(moe, dense)
-        _silence_shared_expert(moe)
+        silence_shared_expert(moe)
     return moe
 
 
@@ -52,7 +52,7 @@ def moe_from_unknown(name: str, block: nn.Module, recipe: Recipe) -> MoE:
         defaults["expert"] = [block, *copies] if recipe.upcycles else block
     moe = recipe.make(d_model, defaults)
     if recipe.upcycles:
-        _silence_shared_expert(moe)
+        silence_shared_expert(moe)
     return moe
 
 
@@ -139,7 +139,7 @@ def weights_sum_to_one(moe: MoE) -> bool:
 
 
 @torch.no_grad()
-def _silence_shared_expert(moe: MoE) -> None:
+def silence_shared_expert(moe: MoE) -> None:
     """A shared expert starts at zero, for the outputs to stay as they were."""
     if moe.shared is not None:
         for parameter in moe.shared.w2.parameters():

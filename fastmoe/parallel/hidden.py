@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -47,9 +49,13 @@ def gather_hidden(experts: MLPExperts, name: str, part: Tensor) -> Tensor:
     dim = split_dimension(name)
     if dim is None or experts.tp.size == 1:
         return part
-    parts = experts.tp.gather(part).unbind()
-    if not _has_halves(experts, name):
-        return torch.cat(parts, dim)
+    return join_hidden(experts.tp.gather(part).unbind(), dim, halves=_has_halves(experts, name))
+
+
+def join_hidden(parts: Sequence[Tensor], dim: int, *, halves: bool) -> Tensor:
+    """The whole of these parts, by process; `halves`: each has its part of a gate's half, then of what it gates."""
+    if not halves:
+        return torch.cat(list(parts), dim)
     return torch.cat([part.chunk(2, dim)[half] for half in (0, 1) for part in parts], dim)
 
 

@@ -11,6 +11,7 @@ from fastmoe._processes import Processes
 from fastmoe.routers import Routing
 from fmoe.functions import ensure_comm
 from fmoe.gates import BaseGate, GShardGate, NaiveGate, NoisyGate, SwipeGate, SwitchGate
+from fmoe.passage import choices_of
 
 GateLike = str | Callable[..., nn.Module]
 
@@ -47,11 +48,8 @@ class GateRouter(nn.Module):
         if self.workers.size > 1:
             ensure_comm(x_TD, self.workers.group)
         expert_ids, weights = self.gate(x_TD)
-        shape = len(x_TD), self.top_k
-        for name, got in (("top_k_idx", expert_ids), ("top_k_val", weights)):
-            if got.numel() != shape[0] * shape[1]:
-                raise ValueError(f"the gate must return {name} of {shape}, got {tuple(got.shape)}")
-        return Routing.from_topk(expert_ids.reshape(shape), weights.reshape(shape), self.num_experts, self._losses())
+        expert_ids_TK, weights_TK = choices_of(expert_ids, weights, len(x_TD), self.top_k)
+        return Routing.from_topk(expert_ids_TK, weights_TK, self.num_experts, self._losses())
 
     def _losses(self) -> dict[str, Tensor]:
         """The gate's loss; what `get_loss` still says of it has no graph, which would outlive the step."""

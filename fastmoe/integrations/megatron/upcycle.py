@@ -9,10 +9,12 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
 from fastmoe._processes import Processes
+from fastmoe.convert.upcycle import silence_shared_expert
 from fastmoe.experts import MLPExperts, is_gated
 from fastmoe.integrations.megatron.arguments import activation_of
 from fastmoe.integrations.megatron.groups import Groups
 from fastmoe.integrations.megatron.layer import FastMoELayer
+from fastmoe.parallel.hidden import join_hidden, split_dimension
 
 
 def dense_options(block: MLP, top_k: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -73,9 +75,7 @@ def copy_dense(layer: FastMoELayer, block: MLP) -> None:
         else:
             stacked.copy_(_here(dense, name, groups, is_gated(experts.activation)).expand_as(stacked))
             stacked.requires_grad_(dense.requires_grad)
-    if moe.shared is not None:
-        for parameter in moe.shared.w2.parameters():
-            parameter.zero_()
+    silence_shared_expert(moe)
 
 
 def _bias(linear: nn.Module) -> Tensor | None:
@@ -88,11 +88,8 @@ def _here(dense: Tensor, name: str, groups: Groups, gated: bool) -> Tensor:
 
     Where experts are split as the dense MLP is, that part; where they are whole, all parts.
     """
-    if groups.whole_sequence or groups.tp.size() == 1 or name == "b2":
+    dim = split_dimension(name)
+    if groups.whole_sequence or groups.tp.size() == 1 or dim is None:
         return dense.detach()
     parts = Processes.of(groups.tp).gather(dense).unbind()
-    if name == "w2":
-        return torch.cat(parts, 1)
-    if not gated:
-        return torch.cat(parts)
-    return torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
+    return join_hidden(parts, dim - 1, halves=gated and name != "w2")
