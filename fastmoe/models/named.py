@@ -7,11 +7,11 @@ Of the models that stand in papers the sizes are the published ones; "tiny" ones
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastmoe._device import on_device
 from fastmoe._errors import unknown_name
@@ -20,18 +20,19 @@ from fastmoe.models.lstm import LSTMConfig, LSTMLanguageModel
 from fastmoe.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 Config = GPTConfig | LSTMConfig | TransformerXLConfig
-CLASSES: dict[type[Config], type[nn.Module]] = {
+LanguageModel = GPT | LSTMLanguageModel | TransformerXL
+CLASSES: dict[type[Config], Callable[[Any], LanguageModel]] = {
     GPTConfig: GPT,
     LSTMConfig: LSTMLanguageModel,
     TransformerXLConfig: TransformerXL,
 }
 
 TXL_BASE = TransformerXLConfig(dropout=0.1)  # Dai et al. 2019, the 41M model of section 4.1
-TXL_TINY = TransformerXLConfig(n_layer=4, n_head=4, d_model=128, d_hidden=512, memory_length=64, pre_norm=True)
+TXL_TINY = TransformerXLConfig(n_layer=2, n_head=4, d_model=64, d_hidden=256, memory_length=64, pre_norm=True)
 GPT_SMALL = GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, d_model=768, bias=True)  # GPT-2 small
-GPT_TINY = GPTConfig(block_size=128, n_layer=4, n_head=4, d_model=128, positions="rotary")
+GPT_TINY = GPTConfig(block_size=64, n_layer=2, n_head=4, d_model=64, positions="rotary")
 LSTM_BASE = LSTMConfig(dropout=0.1)
-LSTM_TINY = LSTMConfig(d_model=128, d_hidden=512)
+LSTM_TINY = LSTMConfig(d_model=64, d_hidden=256)
 
 # Fedus et al. 2021 (2101.03961), table 9: 15 layers, d_model 2080, d_ff 6144, 32 heads of 64, 2048 experts in each
 # layer; as a T5 it has 15 layers in the encoder and 15 in the decoder, 32128 tokens. Here they are one decoder of 30,
@@ -96,7 +97,7 @@ def named_config(name: str, **changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def build(name: str, device: torch.device | str | None = None, **changes: Any) -> nn.Module:
+def build(name: str, device: torch.device | str | None = None, **changes: Any) -> LanguageModel:
     """A model by its name, with fresh weights.
 
     ```

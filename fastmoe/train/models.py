@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import dataclasses
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
 import fastmoe
 from fastmoe._errors import unknown_name
-from fastmoe.models import gpt, lstm, transformer_xl
-from fastmoe.train.config import Arch, ModelConfig
+from fastmoe.models import NAMED, GPTConfig, LSTMConfig, TransformerXLConfig, gpt, transformer_xl
+from fastmoe.models.common import ExpertOptions
+from fastmoe.models.named import CLASSES, Config, LanguageModel
+from fastmoe.train.config import Arch, ModelConfig, MoEConfig
 
 VOCAB_SIZE = 256
 BLOCKS = (gpt.Block, transformer_xl.Block)
 DEFAULTS = ModelConfig()
 SHAPE = ("n_layer", "n_head", "d_model", "dropout", "bias")
 
-LanguageModel = gpt.GPT | transformer_xl.TransformerXL | lstm.LSTMLanguageModel
-
-
-@dataclass(frozen=True)
-class Entry:
-    model: type[Any]
-    config: type[Any]
-
-
-MODELS: dict[Arch, Entry] = {
-    "gpt": Entry(gpt.GPT, gpt.GPTConfig),
-    "transformer_xl": Entry(transformer_xl.TransformerXL, transformer_xl.TransformerXLConfig),
-    "lstm": Entry(lstm.LSTMLanguageModel, lstm.LSTMConfig),
-}
+CONFIGS: dict[Arch, type[Config]] = {"gpt": GPTConfig, "transformer_xl": TransformerXLConfig, "lstm": LSTMConfig}
 
 
 def build_dense(shape: ModelConfig) -> LanguageModel:
-    return MODELS[shape.arch].model(model_config(shape))
+    config = model_config(shape)
+    return CLASSES[type(config)](config)
 
 
-def model_config(shape: ModelConfig) -> Any:
+def model_config(shape: ModelConfig) -> Config:
     """The config of the model in `fastmoe.models`.
 
     Raises:
         ValueError: an option that this model does not have, or that has a name of its own.
     """
-    known = {field.name for field in fields(MODELS[shape.arch].config)}
+    known = {field.name for field in fields(CONFIGS[shape.arch])}
     given: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "d_hidden": shape.dense_hidden}
     if "block_size" in known:
         given["block_size"] = shape.block_size
@@ -57,14 +48,35 @@ def model_config(shape: ModelConfig) -> Any:
         if name not in known or name in given:
             raise unknown_name(f"model option of {shape.arch}", name, sorted(known - given.keys()))
         given[name] = value
-    return MODELS[shape.arch].config(**given)
+    return CONFIGS[shape.arch](**given)
+
+
+def named_shape(name: str, segment: int | None = None, init_scale: float = 1.0) -> ModelConfig:
+    """The flags for the dense model of a row of `fastmoe.models.NAMED`, but for its vocabulary: bytes here.
+
+    Args:
+        segment: block_size of a model whose config has none.
+    """
+    config = NAMED[name].config
+    (arch,) = (arch for arch, kind in CONFIGS.items() if type(config) is kind)
+    given, default = dataclasses.asdict(config), dataclasses.asdict(CONFIGS[arch]())
+    flags = {flag: given[flag] for flag in ("block_size", "d_hidden", *SHAPE) if flag in given}
+    apart = {"vocab_size", *flags, *(field.name for field in fields(ExpertOptions))}
+    options = {key: value for key, value in given.items() if key not in apart and value != default[key]}
+    return ModelConfig(arch, **{"block_size": segment} | flags, init_scale=init_scale, model_options=options)
+
+
+def named_experts(name: str) -> MoEConfig:
+    config = NAMED[name].config
+    return MoEConfig(config.num_experts, config.top_k, config.expert_hidden, config.router, config.router_options or {})
 
 
 def attended(shape: ModelConfig) -> float:
     """Positions that a query of attention sees on average, itself included."""
     if shape.arch == "lstm":
         return 0.0
-    memory = model_config(shape).memory_length if shape.arch == "transformer_xl" else 0
+    config = model_config(shape)
+    memory = config.memory_length if isinstance(config, TransformerXLConfig) else 0
     return memory + (shape.block_size + 1) / 2
 
 

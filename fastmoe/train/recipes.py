@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmoe._errors import unknown_name
-from fastmoe.train.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
+from fastmoe.train.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from fastmoe.train.models import named_experts, named_shape
 
 TABULAR = ("mmoe-census", "mmoe-synthetic")
 """Recipes of fastmoe.tabular, with options of their own."""
@@ -18,21 +19,22 @@ TABULAR = ("mmoe-census", "mmoe-synthetic")
 
 @dataclass(frozen=True)
 class Twins:
-    """A dense model, and what makes an MoE of it."""
+    """How a dense model and its MoE twin are trained; their sizes are those of `fastmoe.models.NAMED`."""
 
     dense: str
     moe: str
-    model: ModelConfig
-    experts: MoEConfig
     optim: OptimConfig
     eval_sequences: int
     eval_every: int
+    segment: int | None = None
+    """Bytes at once, of models with memory."""
+    init_scale: float = 1.0
 
     def config(self, name: str) -> TrainConfig:
         return TrainConfig(
             mode="moe" if name == self.moe else "dense",
-            model=self.model,
-            moe=self.experts,
+            model=named_shape(self.dense, self.segment, self.init_scale),
+            moe=named_experts(self.moe),
             data=DataConfig(eval_sequences=self.eval_sequences),
             optim=self.optim,
             run=RunConfig(out=Path("runs") / name, eval_every=self.eval_every, checkpoint_every=self.eval_every * 5),
@@ -43,17 +45,6 @@ TWINS = (
     Twins(  # Dai et al. 2019, enwik8, base; the MoE as FastMoE's paper has it
         dense="txl-enwik8-base",
         moe="txl-enwik8-base-moe64",
-        model=ModelConfig(
-            arch="transformer_xl",
-            block_size=512,
-            n_layer=12,
-            n_head=8,
-            d_model=512,
-            d_hidden=2048,
-            dropout=0.1,
-            model_options={"memory_length": 512},
-        ),
-        experts=MoEConfig(num_experts=64, top_k=2),
         optim=OptimConfig(
             steps=400_000,
             batch_size=22,
@@ -66,12 +57,11 @@ TWINS = (
         ),
         eval_sequences=0,
         eval_every=4000,
+        segment=512,
     ),
-    Twins(  # GPT-2's smallest in shape, on bytes; the schedule of GPT-3's
+    Twins(  # the schedule of GPT-3's smallest (Brown et al. 2020, table 2.1)
         dense="gpt-small",
         moe="gpt-small-moe96",
-        model=ModelConfig(block_size=1024, n_layer=12, n_head=12, d_model=768, bias=True),
-        experts=MoEConfig(num_experts=96, top_k=2),
         optim=OptimConfig(steps=100_000, batch_size=64, lr=6e-4, min_lr=6e-5, warmup_steps=2000),
         eval_sequences=512,
         eval_every=1000,
@@ -79,48 +69,22 @@ TWINS = (
     Twins(  # Shazeer et al. 2017 with FastMoE's 512 experts, 2 of them for a token
         dense="lstm-dense",
         moe="lstm-moe512",
-        model=ModelConfig(arch="lstm", block_size=128, d_model=512, d_hidden=2048, dropout=0.1),
-        experts=MoEConfig(num_experts=512, top_k=2, router="noisy_topk"),
         optim=OptimConfig(steps=50_000, batch_size=256, lr=1e-3, min_lr=1e-5, warmup_steps=1000, weight_decay=0.0),
         eval_sequences=0,
         eval_every=1000,
+        segment=128,
     ),
-    Twins(
-        dense="gpt-tiny",
-        moe="gpt-tiny-moe",
-        model=ModelConfig(
-            block_size=64, n_layer=2, n_head=4, d_model=64, init_scale=5.0, model_options={"positions": "rotary"}
-        ),
-        experts=MoEConfig(num_experts=16, top_k=2),
-        optim=OptimConfig(steps=1200, batch_size=32, lr=4e-3, min_lr=4e-4),
-        eval_sequences=512,
-        eval_every=100,
-    ),
-    Twins(
-        dense="txl-tiny",
-        moe="txl-tiny-moe",
-        model=ModelConfig(
-            arch="transformer_xl",
-            block_size=64,
-            n_layer=2,
-            n_head=4,
-            d_model=64,
+    *(
+        Twins(
+            dense=name,
+            moe=f"{name}-moe",
+            optim=OptimConfig(steps=steps, batch_size=32, lr=4e-3, min_lr=4e-4),
+            eval_sequences=512,
+            eval_every=100,
+            segment=64,
             init_scale=5.0,
-            model_options={"memory_length": 64, "pre_norm": True},
-        ),
-        experts=MoEConfig(num_experts=16, top_k=2),
-        optim=OptimConfig(steps=1000, batch_size=32, lr=4e-3, min_lr=4e-4),
-        eval_sequences=512,
-        eval_every=100,
-    ),
-    Twins(
-        dense="lstm-tiny",
-        moe="lstm-tiny-moe",
-        model=ModelConfig(arch="lstm", block_size=64, d_model=64, init_scale=5.0),
-        experts=MoEConfig(num_experts=16, top_k=2, router="noisy_topk"),
-        optim=OptimConfig(steps=1200, batch_size=32, lr=4e-3, min_lr=4e-4),
-        eval_sequences=512,
-        eval_every=100,
+        )
+        for name, steps in (("gpt-tiny", 1200), ("txl-tiny", 1000), ("lstm-tiny", 1200))
     ),
 )
 
