@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 
 from fastmoe.bench.machine import machine
+from fastmoe.tabular.correlation import run_synthetic
 from fastmoe.tabular.plots import LABELS
-from fastmoe.tabular.recipes import run_census, run_synthetic
+from fastmoe.tabular.recipes import run_census
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
-# Ma et al., KDD 2018, section 6.3, group 1. Trained there on census-income.data, 199,523 rows; census-income.test,
-# 99,762 rows, was halved into validation and test rows.
-PUBLISHED = {"income above 50K": 0.9410, "never married": 0.9926}
+# Ma et al., KDD 2018, table 1 (section 6.3, group 1), of MMoE: mean of 400 runs, and the run that is best on income.
+# Trained there on census-income.data, 199,523 rows; census-income.test, 99,762 rows, was halved for validation and test.
+PUBLISHED = {"income above 50K": {"mean": 0.9359, "best": 0.9410}, "never married": {"mean": 0.9927, "best": 0.9926}}
 
 
 def main() -> None:
@@ -66,20 +67,19 @@ def print_census(result: dict) -> None:
         pairs = zip(row["test_auc_mean"], row["test_auc_std"], strict=True)
         aucs = " | ".join(f"{mean:.5f} ± {std:.5f}" for mean, std in pairs)
         print(f"| {LABELS[model]} | {row['parameters']:,} | {row['lr']:g} | {aucs} |")
-    print("| published, MMoE | | |", *(f"{value:.4f} |" for value in PUBLISHED.values()))
+    for which in ("mean", "best"):
+        print(f"| published, MMoE, {which} of 400 | | |", *(f"{value[which]:.4f} |" for value in PUBLISHED.values()))
 
 
 def print_synthetic(result: dict) -> None:
-    """Geometric means over seeds of the last loss; in brackets of its ratio to the first model's, seed by seed."""
-    print("| model | parameters |", *(f"correlation {correlation} |" for correlation in result["losses"]))
-    print("|---" * (2 + len(result["losses"])) + "|")
+    """Mean, standard deviation and least over seeds of the loss after the last step."""
+    print("| model | parameters |", *(f"correlation {correlation} |" for correlation in result["correlations"]))
+    print("|---" * (2 + len(result["correlations"])) + "|")
     for model, parameters in result["parameters"].items():
         cells = []
-        for models in result["losses"].values():
-            first, *_ = models.values()
-            ratios = [here[-1] / there[-1] for here, there in zip(models[model], first, strict=True)]
-            mean, ratio = (statistics.geometric_mean(v) for v in ([here[-1] for here in models[model]], ratios))
-            cells.append(f"{mean:.4f} ({ratio:.2f} times, {sum(r > 1 for r in ratios)} of {len(ratios)} higher)")
+        for models in result["correlations"].values():
+            last = [losses[-1] for losses in models[model]["losses"]]
+            cells.append(f"{statistics.fmean(last):.4f} ± {statistics.stdev(last):.4f} (least {min(last):.4f})")
         print(f"| {LABELS[model]} | {parameters:,} |", " | ".join(cells), "|")
 
 

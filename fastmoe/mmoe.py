@@ -23,7 +23,7 @@ MakeExperts = Callable[[int], nn.Module]
 
 
 class MMoE(nn.Module):
-    """Multi-gate Mixture-of-Experts (Ma et al., KDD 2018, equations 5 and 6), and its progressive extension.
+    """Multi-gate Mixture-of-Experts (Ma et al., KDD 2018, equations 6 to 8), and its progressive extension.
 
     `y_k = tower_k(sum over experts e of softmax(W_k x)_e * expert_e(x))` for each task k. Every expert runs once on
     every token, whatever the number of tasks. Gates compute in float32 at least.

@@ -5,8 +5,8 @@ Shapes: T rows, D features, K tasks, E experts, W width of what a task's tower t
 
 All four are a bottom, `x_TD` to K of `(T, W)`, and K towers, each to one number. They differ in what tasks share:
 
-    mmoe           E experts, each task mixes them by a gate of its own  (section 4.2, equations 5 and 6)
-    omoe           E experts, one gate for all tasks                     (section 4.1, equation 4)
+    mmoe           E experts, each task mixes them by a gate of its own  (section 4.2, equations 6 to 8)
+    omoe           E experts, one gate for all tasks                     (section 4.2, equation 5)
     shared_bottom  one layer                                             (section 3.1, equation 1)
     single_task    nothing: a layer for each task
 

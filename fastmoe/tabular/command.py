@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmoe._errors import unknown_name
+from fastmoe.tabular.correlation import run_synthetic
 from fastmoe.tabular.fit import FitOptions
 from fastmoe.tabular.plots import LABELS
-from fastmoe.tabular.recipes import run_census, run_synthetic
+from fastmoe.tabular.recipes import run_census
 from fastmoe.tabular.synthetic import SyntheticOptions
 
 
@@ -66,10 +67,12 @@ class SyntheticCommand:
     """How many problems are drawn for each correlation."""
     models: tuple[str, ...] = ("mmoe", "omoe", "shared_bottom")
     """Of mmoe, omoe, shared_bottom, single_task."""
+    lrs: tuple[float, ...] = (1e-3, 1e-2)
+    """Learning rates, of which each model takes the best for each correlation."""
     problem: SyntheticOptions = field(default_factory=SyntheticOptions)
 
     def run(self, show: Any) -> Table:
-        options = {"models": self.models, "options": self.problem, "show": show}
+        options = {"models": self.models, "lrs": self.lrs, "options": self.problem, "show": show}
         return synthetic_table(run_synthetic(self.correlations, range(self.seeds), self.out, **options))
 
 
@@ -113,14 +116,17 @@ def census_table(result: dict[str, Any]) -> Table:
 
 
 def synthetic_table(result: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"held-out loss after {result['steps'][-1]} steps, geometric mean over {len(result['seeds'])} seeds"
-    )
-    for column in ("model", "parameters", *(f"correlation {c}" for c in result["losses"])):
+    last, seeds = result["steps"][-1], len(result["seeds"])
+    table = Table(title=f"held-out loss after {last} steps, mean and standard deviation over {seeds} seeds")
+    for column in ("model", "parameters", *(f"correlation {c}" for c in result["correlations"])):
         table.add_column(column)
     for model, parameters in result["parameters"].items():
-        cells = [statistics.geometric_mean(losses[-1] for losses in rows[model]) for rows in result["losses"].values()]
-        table.add_row(LABELS[model], f"{parameters:,}", *(f"{cell:.4f}" for cell in cells))
+        cells = []
+        for rows in result["correlations"].values():
+            losses = [by_step[-1] for by_step in rows[model]["losses"]]
+            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            cells.append(f"{statistics.fmean(losses):.4f}{spread}")
+        table.add_row(LABELS[model], f"{parameters:,}", *cells)
     return table
 
 

@@ -44,7 +44,7 @@ def plot_aucs(aucs: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             panel.errorbar([place + 0.2], [statistics.fmean(values)], [spread], fmt="_k", capsize=4)
             panel.set_title(tasks[task], fontsize=9)
-        panel.set_xticks(range(len(aucs)), [LABELS.get(model, model) for model in aucs])
+        panel.set_xticks(range(len(aucs)), [LABELS[model] for model in aucs])
         panel.set_xlim(-0.5, len(aucs) - 0.3)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test AUC")
@@ -54,20 +54,25 @@ def plot_aucs(aucs: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str
 def plot_curves(
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], steps: Sequence[int], path: Path
 ) -> None:
-    """A panel for each correlation: held-out loss over steps, a line for each model: the geometric mean over seeds, as
-    one seed's problem is many times harder than another's."""
-    figure = new_figure(3.8 * len(curves), 3.6)
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for panel, (correlation, models) in zip(panels, curves.items(), strict=True):
-        for model, by_seed in models.items():
-            means = [statistics.geometric_mean(at_step) for at_step in zip(*by_seed, strict=True)]
-            panel.plot(steps[1:], means[1:], label=LABELS.get(model, model))
-        panel.set_yscale("log")
-        panel.set_title(f"correlation {correlation}", fontsize=10)
-        panel.set_xlabel("steps")
-        panel.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("held-out mean squared error")
-    panels[-1].legend()
+    """Two panels for each correlation: held-out loss over steps, a line for each model, its mean over seeds; and below,
+    each seed's loss after the last step as a point."""
+    figure = new_figure(3.8 * len(curves), 6.0)
+    panels = figure.subplots(2, len(curves), squeeze=False, sharey=True, height_ratios=(3, 2))
+    for (upper, lower), (correlation, models) in zip(panels.T, curves.items(), strict=True):
+        for place, (model, by_seed) in enumerate(models.items()):
+            means = [statistics.fmean(at_step) for at_step in zip(*by_seed, strict=True)]
+            upper.plot(steps[1:], means[1:], label=LABELS[model])
+            lower.plot([place] * len(by_seed), [losses[-1] for losses in by_seed], "o", alpha=0.4, color=f"C{place}")
+        upper.set_yscale("log")
+        upper.set_title(f"correlation {correlation}", fontsize=10)
+        upper.set_xlabel("steps")
+        lower.set_xticks(range(len(models)), [LABELS[model] for model in models])
+        lower.set_xlim(-0.5, len(models) - 0.5)
+        for panel in (upper, lower):
+            panel.grid(alpha=0.3, which="both")
+    panels[0, 0].set_ylabel("held-out mean squared error")
+    panels[1, 0].set_ylabel("of every seed, at the end")
+    panels[0, -1].legend()
     save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The two experiments, from data to JSON and figures."""
+"""The experiment on Census-Income, from data to JSON and figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from fastmoe._errors import check_choice
 from fastmoe.models.mmoe import BOTTOMS, MultiTaskConfig
 from fastmoe.tabular.features import Census, load_census
 from fastmoe.tabular.fit import Fit, FitOptions, fit
-from fastmoe.tabular.plots import LABELS, plot_aucs, plot_curves, plot_gates
-from fastmoe.tabular.synthetic import SyntheticOptions, fit_synthetic, make_problem
+from fastmoe.tabular.plots import LABELS, plot_aucs, plot_gates
 
 Show = Callable[[str], None]
 
@@ -41,9 +40,7 @@ def run_census(
     Raises:
         ValueError: data, models, seeds or options that cannot be used.
     """
-    check_models(models, seeds)
-    if not lrs:
-        raise ValueError("lrs must have at least one learning rate, got none")
+    check_grid(models, seeds, lrs)
     census = load_census(data, split_seed)
     config = MultiTaskConfig(len(census.features), len(census.tasks), d_expert=d_expert)
     rows = {name: len(getattr(census, name)) for name in ("train", "valid", "test")}
@@ -112,55 +109,12 @@ def describe(done: Fit) -> str:
     return f"test AUC {aucs} (epoch {done.best_epochs} of {done.epochs}, {done.seconds:.0f} s)"
 
 
-def run_synthetic(
-    correlations: Sequence[float] = (0.5, 0.9, 1.0),
-    seeds: Sequence[int] = range(5),
-    out: Path = Path("runs/mmoe-synthetic"),
-    *,
-    models: Sequence[str] = ("mmoe", "omoe", "shared_bottom"),
-    options: SyntheticOptions | None = None,
-    show: Show = print,
-) -> dict[str, Any]:
-    """The paper's experiment on task correlation (data of section 3.2, models of section 5.1).
-
-    Writes `synthetic.json` and `synthetic.png` into `out`, and returns what is in the JSON.
-
-    Raises:
-        ValueError: correlations, models, seeds or options that cannot be used.
-    """
-    options = options or SyntheticOptions()
-    check_models(models, seeds)
-    if not correlations:
-        raise ValueError("correlations must have at least one number, got none")
-    problems = {f"{c:g}": [make_problem(c, seed, options) for seed in seeds] for c in correlations}
-    losses: dict[str, dict[str, list[list[float]]]] = {c: {model: [] for model in models} for c in problems}
-    steps, parameters = [], {}
-    for correlation, of_seeds in problems.items():
-        for seed, problem in zip(seeds, of_seeds, strict=True):
-            for model in models:
-                curve = fit_synthetic(problem, model, seed, options)
-                steps, parameters[model] = curve.steps, curve.parameters
-                losses[correlation][model].append(curve.losses)
-            last = ", ".join(f"{LABELS[model]} {losses[correlation][model][-1][-1]:.4f}" for model in models)
-            show(f"correlation {correlation}, seed {seed}: held-out loss {last}")
-    result = {
-        "recipe": "mmoe-synthetic",
-        "options": asdict(options),
-        "seeds": list(seeds),
-        "parameters": parameters,
-        "steps": steps,
-        "losses": losses,
-    }
-    write(result, out / "synthetic.json")
-    plot_curves(losses, steps, out / "synthetic.png")
-    return result
-
-
-def check_models(models: Sequence[str], seeds: Sequence[int]) -> None:
+def check_grid(models: Sequence[str], seeds: Sequence[int], lrs: Sequence[float]) -> None:
     for model in models:
         check_choice("model", model, BOTTOMS)
-    if not models or not seeds:
-        raise ValueError(f"models and seeds must have at least one each, got {list(models)} and {list(seeds)}")
+    for name, values in (("models", models), ("seeds", seeds), ("lrs", lrs)):
+        if not values:
+            raise ValueError(f"{name} must have at least one value, got none")
 
 
 def write(result: dict[str, Any], path: Path) -> None:

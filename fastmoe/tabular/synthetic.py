@@ -19,27 +19,28 @@ NOISE = 0.1
 
 @dataclass(frozen=True)
 class SyntheticOptions:
-    """`scale` is the paper's c, `num_sines` its m. These, and alpha and beta drawn from a normal distribution for each
-    seed, are our choice: with scale 1 the problem is so easy that all models come close to the noise."""
+    """`scale` is the paper's c; `alphas` and `betas` are given there too, the same for all seeds, but it does not say
+    which: these are ours."""
 
     d_in: int = 100
-    scale: float = 3.0
-    num_sines: int = 4
+    scale: float = 1.0
+    alphas: tuple[float, ...] = (1.0, 2.0, 3.0)
+    betas: tuple[float, ...] = (0.0, 0.5, 1.0)
     num_experts: int = 8
     d_expert: int = 16
     d_tower: int = 8
     steps: int = 3000
     batch_size: int = 128
-    lr: float = 1e-3
     eval_every: int = 250
     eval_rows: int = 4096
 
     def __post_init__(self) -> None:
         check_int("d_in", self.d_in, 2)
-        for name in ("num_sines", "steps", "batch_size", "eval_every", "eval_rows"):
+        for name in ("steps", "batch_size", "eval_every", "eval_rows"):
             check_int(name, getattr(self, name), 1)
         check_number("scale", self.scale)
-        check_number("lr", self.lr)
+        if len(self.alphas) != len(self.betas):
+            raise ValueError(f"alphas and betas must be as many, got {len(self.alphas)} and {len(self.betas)}")
 
     @property
     def model(self) -> MultiTaskConfig:
@@ -66,7 +67,7 @@ class Problem:
 
 
 def make_problem(correlation: float, seed: int, options: SyntheticOptions) -> Problem:
-    """The problem of a seed: with the same seed, only the angle depends on the correlation.
+    """The problem of a seed, which sets the direction of the weights; the correlation sets the angle between them.
 
     Raises:
         ValueError: a correlation outside -1 and 1.
@@ -77,26 +78,26 @@ def make_problem(correlation: float, seed: int, options: SyntheticOptions) -> Pr
     basis_D2, _ = torch.linalg.qr(torch.randn(options.d_in, 2, generator=generator, dtype=torch.float64))
     u1_D, u2_D = basis_D2.unbind(1)
     w2_D = correlation * u1_D + math.sqrt(1 - correlation**2) * u2_D
-    alpha_M, beta_M = torch.randn(2, options.num_sines, generator=generator)
-    return Problem((options.scale * torch.stack([u1_D, w2_D])).float(), alpha_M, beta_M)
+    w_KD = (options.scale * torch.stack([u1_D, w2_D])).float()
+    return Problem(w_KD, torch.tensor(options.alphas), torch.tensor(options.betas))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out mean squared error, mean of the two tasks, after each number of steps; `(K, E)` gate weights at last."""
+    """Held-out mean squared error, mean of the two tasks, after each number of steps."""
 
     steps: list[int]
     losses: list[float]
     parameters: int
-    utilization: list[list[float]] | None
 
 
-def fit_synthetic(problem: Problem, sharing: str, seed: int, options: SyntheticOptions) -> Curve:
-    """Train a `MultiTask` on rows that are drawn anew for every step, the same for every `sharing`."""
+def fit_synthetic(problem: Problem, sharing: str, seed: int, lr: float, options: SyntheticOptions) -> Curve:
+    """Train a `MultiTask` by Adam on rows that are drawn anew for every step, the same for every `sharing`."""
+    check_number("lr", lr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "weights"))
         model = MultiTask(options.model, sharing)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     train = torch.Generator().manual_seed(mix(seed, "train"))
     held_out = problem.draw(options.eval_rows, torch.Generator().manual_seed(mix(seed, "held out")))
     steps, losses = [0], [held_out_loss(model, held_out)]
@@ -108,9 +109,7 @@ def fit_synthetic(problem: Problem, sharing: str, seed: int, options: SyntheticO
         if step % options.eval_every == 0 or step == options.steps:
             steps.append(step)
             losses.append(held_out_loss(model, held_out))
-    stats = getattr(model.bottom, "last_stats", None)
-    used = None if stats is None else stats.utilization[0].tolist()
-    return Curve(steps, losses, sum(parameter.numel() for parameter in model.parameters()), used)
+    return Curve(steps, losses, sum(parameter.numel() for parameter in model.parameters()))
 
 
 @torch.no_grad()

@@ -99,8 +99,12 @@ def test_synthetic_command(tmp_path, capsys):
     assert main(["mmoe-synthetic", "--out", str(tmp_path), *small]) == 0
     result = json.loads((tmp_path / "synthetic.json").read_text())
     assert result["steps"] == [0, 10, 20]
-    assert list(result["losses"]) == ["0.5", "0.9", "1"]
-    assert [len(losses) for losses in result["losses"]["0.9"]["omoe"]] == [3, 3]
+    assert list(result["correlations"]) == ["0.5", "0.9", "1"]
+    for row in (row for models in result["correlations"].values() for row in models.values()):
+        assert [len(losses) for losses in row["losses"]] == [3, 3]
+        assert list(row["lrs"]) == ["0.001", "0.01"]
+        last = sum(losses[-1] for losses in row["losses"]) / 2
+        assert row["lrs"][f"{row['lr']:g}"] == pytest.approx(last) == pytest.approx(min(row["lrs"].values()))
     assert (tmp_path / "synthetic.png").exists()
 
 
@@ -111,7 +115,8 @@ def test_synthetic_command(tmp_path, capsys):
         (["mmoe-census", "--data", "nothing.gz"], "no such file: nothing.gz"),
         (["mmoe-synthetic", "--correlations", "1.5"], "correlation must be between -1 and 1, got 1.5"),
         (["mmoe-synthetic", "--models", "mmo"], "unknown model 'mmo'. Did you mean 'mmoe'"),
-        (["mmoe-synthetic", "--seeds", "0"], "at least one each, got"),
+        (["mmoe-synthetic", "--seeds", "0"], "seeds must have at least one value, got none"),
+        (["mmoe-synthetic", "--alphas", "1", "2", "--betas", "0"], "alphas and betas must be as many, got 2 and 1"),
         (["mmoe-synthetic", "--steps", "0"], "steps must be a whole number >= 1, got 0"),
     ],
 )
@@ -126,13 +131,13 @@ def test_what_a_command_cannot_use(arguments, message, capsys):
 
 
 def test_no_learning_rate(file):
-    with pytest.raises(ValueError, match="at least one learning rate, got none"):
+    with pytest.raises(ValueError, match="lrs must have at least one value, got none"):
         run_census([file], lrs=[])
 
 
 @pytest.mark.parametrize("correlation", [-0.3, 0.5, 1.0])
 def test_a_problem_is_the_paper_s_formula(correlation):
-    problem = make_problem(correlation, 0, SyntheticOptions(d_in=20, scale=2.0, num_sines=3))
+    problem = make_problem(correlation, 0, SyntheticOptions(d_in=20, scale=2.0))
     w1_D, w2_D = problem.w_KD
     assert w1_D.norm().item() == pytest.approx(2)
     assert w2_D.norm().item() == pytest.approx(2)
@@ -157,8 +162,8 @@ def test_labels_correlate_more_as_tasks_do():
 
 @pytest.mark.parametrize("sharing", BOTTOMS)
 def test_synthetic_training_lowers_the_loss_and_repeats(sharing):
-    options = SyntheticOptions(d_in=10, steps=60, lr=1e-2, eval_every=30, eval_rows=256)
+    options = SyntheticOptions(d_in=10, steps=60, eval_every=30, eval_rows=256)
     problem = make_problem(0.9, 0, options)
-    first, again = (fit_synthetic(problem, sharing, 0, options) for _ in range(2))
+    first, again = (fit_synthetic(problem, sharing, 0, 1e-2, options) for _ in range(2))
     assert first == again
     assert first.losses[-1] < 0.5 * first.losses[0]
