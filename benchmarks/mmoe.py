@@ -23,7 +23,7 @@ from fastmoe.tabular.recipes import run_census
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "docs" / "images"
-# Ma et al., KDD 2018, table 1 (section 6.3, group 1), of MMoE: mean of 400 runs, and the run that is best on income.
+# Ma et al., KDD 2018, table 1 (section 6.3, group 1), of MMoE: mean of 400 runs, and the run best on income.
 # Trained there on census-income.data, 199,523 rows; census-income.test, 99,762 rows, was halved to validate and test.
 PUBLISHED = {"income above 50K": {"mean": 0.9359, "best": 0.9410}, "never married": {"mean": 0.9927, "best": 0.9926}}
 

@@ -41,9 +41,9 @@ SWITCH_C = GPTConfig(
     vocab_size=32128, block_size=512, n_layer=30, n_head=32, d_head=64, d_model=2080, d_hidden=6144, norm="rms",
     num_experts=2048, top_k=1, router="switch",
 )  # fmt: skip
-# Lepikhin et al. 2020 (2006.16668), MoE(2048E, 36L): 36 layers of encoder and decoder together, 2048 experts in every
-# other one, d_model 1024, d_ff 8192, 16 heads of 128. Here one decoder of 36, which lacks 0.15 of 619 billion in the
-# same way; the vocabulary of 64000 is ours.
+# Lepikhin et al. 2020 (2006.16668), table 1, MoE(2048E, 36L): 36 layers of encoder and decoder together, 2048 experts
+# in every other one; appendix A.2: d_model 1024, d_ff 8192, 16 heads of 128, 64000 tokens on the source's side. Here
+# one decoder of 36, which lacks 0.15 of 619 billion in the same way.
 GSHARD_600B = GPTConfig(
     vocab_size=64000, block_size=1024, n_layer=36, n_head=16, d_head=128, d_model=1024, d_hidden=8192,
     num_experts=2048, top_k=2, expert_hidden=8192, moe_every=2, router="gshard",

@@ -59,7 +59,7 @@ TWINS = (
         eval_every=4000,
         segment=512,
     ),
-    Twins(  # the schedule of GPT-3's smallest (Brown et al. 2020, table 2.1)
+    Twins(  # the learning rate of GPT-3's smallest (Brown et al. 2020, table 2.1)
         dense="gpt-small",
         moe="gpt-small-moe96",
         optim=OptimConfig(steps=100_000, batch_size=64, lr=6e-4, min_lr=6e-5, warmup_steps=2000),
