@@ -7,7 +7,6 @@ import hashlib
 import platform
 import sysconfig
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ class Corpus:
     valid: Tensor
     test: Tensor
     sha256: str
+    """Of the file; where there are two, of their two digests: other files and other cuts of the same bytes differ."""
 
     def __str__(self) -> str:
         sizes = " / ".join(f"{part.numel():,}" for part in (self.train, self.valid, self.test))
@@ -41,14 +41,12 @@ def load_corpus(path: Path | None, valid: Path | None = None) -> Corpus:
     With a file `valid` nothing is split: all of `path` is trained on, all of `valid` validates, nothing tests.
 
     Raises:
-        ValueError: no such file, one that cannot be unpacked, or an enwik8 of another size.
+        ValueError: no such file, an empty one, one that cannot be unpacked, or an enwik8 of another size.
     """
     content, name = read_source(path)
     if valid is not None:
         held_out = read_file(valid)
-        if not content or not held_out:
-            raise ValueError(f"{name} and {valid.name} must not be empty: {len(content)} and {len(held_out)} bytes")
-        digest = hashlib.sha256(content + held_out).hexdigest()
+        digest = hashlib.sha256(hashlib.sha256(content).digest() + hashlib.sha256(held_out).digest()).hexdigest()
         nothing = torch.empty(0, dtype=torch.uint8)
         return Corpus(f"{name} and {valid.name}", as_tensor(content), as_tensor(held_out), nothing, digest)
     sizes = split_sizes(name, len(content))
@@ -86,18 +84,29 @@ def read_file(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"no such data file: {path}")
     try:
-        if path.suffix.lower() == ".gz":
-            return gzip.decompress(path.read_bytes())
-        return read_zip(path) if path.suffix.lower() == ".zip" else path.read_bytes()
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        content = unpack(path)
+    except Exception as error:  # gzip and zipfile let through whatever their decompressors raise
         raise ValueError(f"cannot read {path}: {error}") from error
+    if not content:
+        raise ValueError(f"{path} must not be empty")
+    return content
+
+
+def unpack(path: Path) -> bytes:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.decompress(path.read_bytes())
+        case ".zip":
+            return read_zip(path)
+        case _:
+            return path.read_bytes()
 
 
 def read_zip(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         names = [info.filename for info in archive.infolist() if not info.is_dir()]
         if len(names) != 1:
-            raise ValueError(f"{path} must hold exactly one file; it holds {len(names)}: {', '.join(names[:5])}")
+            raise ValueError(f"it must hold exactly one file; it holds {len(names)}: {', '.join(names[:5])}")
         return archive.read(names[0])
 
 
