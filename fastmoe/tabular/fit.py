@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +18,11 @@ from fastmoe.models.mmoe import MultiTask, MultiTaskConfig
 from fastmoe.tabular.auc import auc
 from fastmoe.tabular.features import Census, Rows
 
-EVAL_ROWS = 4096
-
 
 @dataclass(frozen=True)
 class FitOptions:
     batch_size: int = 512
-    max_epochs: int = 60
+    max_epochs: int = 100
     patience: int = 4
     """Stop after so many epochs without a higher AUC on the validation rows."""
     max_steps: int | None = None
@@ -37,20 +35,22 @@ class FitOptions:
             check_int("max_steps", self.max_steps, 1)
 
 
-@dataclass
-class Best:
-    """The epoch with the highest mean validation AUC of `tasks`, and the test AUCs of that epoch."""
+@dataclass(frozen=True)
+class Epoch:
+    """What a network reaches after an epoch: by task its AUCs, and what stopping goes by; an MMoE's mean gate weights
+    `(K, E)` over the test rows."""
 
-    tasks: list[int]
-    epoch: int = 0
-    valid: float = -math.inf
-    valid_auc: tuple[float, ...] = ()
-    test_auc: tuple[float, ...] = ()
+    number: int
+    criterion: list[float]
+    valid_auc: list[float]
+    test_auc: list[float]
+    utilization: list[list[float]] | None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """AUCs are by task, at the epoch that validation chose; `utilization` is `(K, E)` of an MMoE, else None."""
+    """AUCs by task, each at the epoch that validation chose for it; `utilization` is `(K, E)` of an MMoE at that epoch,
+    else None."""
 
     valid_auc: list[float]
     test_auc: list[float]
@@ -66,34 +66,53 @@ def fit(data: Census, config: MultiTaskConfig, sharing: str, seed: int, lr: floa
 
     What tasks share, they stop together, by their mean AUC; the parts of `single_task` share nothing, and each stops by
     its own. `seed` sets the weights and the order of the rows, the same for every `sharing`.
+
+    Raises:
+        ValueError: a learning rate that is no number, or at which training diverges.
     """
     check_number("lr", lr)
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "weights"))
         model = MultiTask(config, sharing)
-    tasks = list(range(config.num_tasks))
-    groups = [Best([task]) for task in tasks] if sharing == "single_task" else [Best(tasks)]
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    batches = epochs_of(data.train, seed, options)
-    epoch = 0
-    for epoch, epoch_batches in enumerate(batches, start=1):
-        for x_TD, y_TK in epoch_batches:
-            optimizer.zero_grad()
-            task_losses(model(x_TD), y_TK).sum().backward()
-            optimizer.step()
-        note(groups, epoch, model, data)
-        if all(epoch - best.epoch >= options.patience for best in groups):
+    best_K: list[Epoch] = []
+    for number, batches in enumerate(batches_of_epochs(len(data.train), seed, options), start=1):
+        train_epoch(model, optimizer, data.train, batches)
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"{sharing} diverged at lr {lr:g} with seed {seed}, in epoch {number}: give lower lrs")
+        epoch = evaluate(model, data, number)
+        best_K = best_by_task(best_K, epoch)
+        if all(number - best.number >= options.patience for best in best_K):
             break
     return Fit(
-        valid_auc=[auc_k for best in groups for auc_k in best.valid_auc],
-        test_auc=[auc_k for best in groups for auc_k in best.test_auc],
-        best_epochs=[best.epoch for best in groups],
-        epochs=epoch,
+        valid_auc=[best.valid_auc[task] for task, best in enumerate(best_K)],
+        test_auc=[best.test_auc[task] for task, best in enumerate(best_K)],
+        best_epochs=[best.number for best in best_K],
+        epochs=number,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         seconds=time.perf_counter() - start,
-        utilization=utilization(model, data.test),
+        utilization=best_K[0].utilization,
     )
+
+
+def batches_of_epochs(rows: int, seed: int, options: FitOptions) -> Iterator[list[Tensor]]:
+    """For each epoch the row numbers of its batches, in an order of its own; what is left over at the end is a smaller
+    batch."""
+    generator = torch.Generator().manual_seed(mix(seed, "order"))
+    for epoch in range(options.max_epochs):
+        batches = list(torch.randperm(rows, generator=generator).split(options.batch_size))
+        left = len(batches) if options.max_steps is None else options.max_steps - epoch * len(batches)
+        if left <= 0:
+            return
+        yield batches[:left]
+
+
+def train_epoch(model: MultiTask, optimizer: torch.optim.Optimizer, rows: Rows, batches: list[Tensor]) -> None:
+    for index_B in batches:
+        optimizer.zero_grad()
+        task_losses(model(rows.x_TD[index_B]), rows.y_TK[index_B]).sum().backward()
+        optimizer.step()
 
 
 def task_losses(logits_TK: Tensor, y_TK: Tensor) -> Tensor:
@@ -101,43 +120,24 @@ def task_losses(logits_TK: Tensor, y_TK: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits_TK, y_TK, reduction="none").mean(0)
 
 
-def epochs_of(rows: Rows, seed: int, options: FitOptions) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """For each epoch its batches, in an order of their own; what is left over at the end is a smaller batch."""
-    generator = torch.Generator().manual_seed(mix(seed, "order"))
-    per_epoch = math.ceil(len(rows) / options.batch_size)
-    left = options.max_epochs * per_epoch if options.max_steps is None else options.max_steps
-    for _ in range(options.max_epochs):
-        if left <= 0:
-            return
-        chunks = torch.randperm(len(rows), generator=generator).split(options.batch_size)[:left]
-        left -= len(chunks)
-        yield ((rows.x_TD[index], rows.y_TK[index]) for index in chunks)
-
-
 @torch.no_grad()
-def predict(model: MultiTask, rows: Rows) -> Tensor:
-    return torch.cat([model(x_TD) for x_TD in rows.x_TD.split(EVAL_ROWS)])
+def evaluate(model: MultiTask, data: Census, number: int) -> Epoch:
+    valid_auc = aucs(model(data.valid.x_TD), data.valid.y_TK)
+    test_auc = aucs(model(data.test.x_TD), data.test.y_TK)
+    gates_KE = None
+    if isinstance(model.bottom, MMoE) and model.bottom.last_stats is not None:
+        gates_KE = model.bottom.last_stats.utilization[0].tolist()  # of the last pass: the test rows
+    alone = model.sharing == "single_task"
+    criterion = valid_auc if alone else [statistics.fmean(valid_auc)] * len(valid_auc)
+    return Epoch(number, criterion, valid_auc, test_auc, gates_KE)
 
 
-def note(groups: list[Best], epoch: int, model: MultiTask, data: Census) -> None:
-    """Take this epoch down for each group of tasks to which it is the best so far."""
-    valid_TK = predict(model, data.valid)
-    for best in groups:
-        valid = tuple(auc(valid_TK[:, task], data.valid.y_TK[:, task]) for task in best.tasks)
-        if sum(valid) / len(valid) > best.valid:
-            test_TK = predict(model, data.test)
-            best.epoch, best.valid, best.valid_auc = epoch, sum(valid) / len(valid), valid
-            best.test_auc = tuple(auc(test_TK[:, task], data.test.y_TK[:, task]) for task in best.tasks)
+def aucs(logits_TK: Tensor, y_TK: Tensor) -> list[float]:
+    return [auc(logit_T, label_T) for logit_T, label_T in zip(logits_TK.unbind(1), y_TK.unbind(1), strict=True)]
 
 
-@torch.no_grad()
-def utilization(model: MultiTask, rows: Rows) -> list[list[float]] | None:
-    """Mean gate weight by task and expert over the rows, after the last step."""
-    if not isinstance(model.bottom, MMoE):
-        return None
-    total_KE = torch.zeros(model.config.num_tasks, model.config.num_experts)
-    for x_TD in rows.x_TD.split(EVAL_ROWS):
-        model(x_TD)
-        assert model.bottom.last_stats is not None
-        total_KE += model.bottom.last_stats.utilization[0] * len(x_TD)
-    return (total_KE / len(rows)).tolist()
+def best_by_task(best_K: list[Epoch], epoch: Epoch) -> list[Epoch]:
+    """Of two epochs that are as good, the earlier."""
+    if not best_K:
+        return [epoch] * len(epoch.criterion)
+    return [max(best, epoch, key=lambda one: one.criterion[task]) for task, best in enumerate(best_K)]

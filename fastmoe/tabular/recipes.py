@@ -24,7 +24,8 @@ def run_census(
     out: Path = Path("runs/mmoe-census"),
     *,
     models: Sequence[str] = ("mmoe", "shared_bottom", "single_task"),
-    lrs: Sequence[float] = (5e-4, 1e-3),
+    lrs: Sequence[float] = (2.5e-4, 5e-4, 1e-3, 2e-3),
+    exclude: Sequence[str] = (),
     d_expert: int = 8,
     options: FitOptions | None = None,
     split_seed: int = 0,
@@ -41,7 +42,7 @@ def run_census(
         ValueError: data, models, seeds or options that cannot be used.
     """
     check_grid(models, seeds, lrs)
-    census = load_census(data, split_seed)
+    census = load_census(data, split_seed, exclude)
     config = MultiTaskConfig(len(census.features), len(census.tasks), d_expert=d_expert)
     rows = {name: len(getattr(census, name)) for name in ("train", "valid", "test")}
     show(f"census: {rows}, {len(census.features)} features")
@@ -49,7 +50,13 @@ def run_census(
     result = {
         "recipe": "mmoe-census",
         "tasks": census.tasks,
-        "data": {"sha256": census.sha256, "rows": rows, "features": len(census.features), "split_seed": split_seed},
+        "data": {
+            "files": census.files,
+            "rows": rows,
+            "features": len(census.features),
+            "split_seed": split_seed,
+            "exclude": list(exclude),
+        },
         "config": asdict(config),
         "options": asdict(options or FitOptions()) | {"lrs": list(lrs)},
         "seeds": list(seeds),

@@ -1,6 +1,7 @@
 """Census-Income from made-up files: reading, splitting, features."""
 
 import gzip
+import hashlib
 
 import pytest
 import torch
@@ -32,12 +33,13 @@ def test_one_file_is_split_in_three(file):
     census = load_census([file])
     assert [len(part) for part in (census.train, census.valid, census.test)] == [120, 40, 40]
     assert census.train.x_TD.shape[1] == len(census.features)
-    assert list(census.sha256) == ["census-income.test"]
+    (one,) = census.files
+    assert one == {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def test_of_two_files_the_second_is_halved(file, tmp_path):
-    census = load_census([write(tmp_path / "census-income.data", rows(150, seed=1)), file])
-    assert [len(part) for part in (census.train, census.valid, census.test)] == [150, 100, 100]
+    census = load_census([write(tmp_path / "census-income.data", rows(250, seed=1)), file])
+    assert [len(part) for part in (census.train, census.valid, census.test)] == [250, 100, 100]
 
 
 def test_labels_and_features_are_of_the_same_row(tmp_path):
