@@ -73,18 +73,22 @@ def newest(folder: Path, read: Callable[[Path], T], together: Together | None = 
     return None
 
 
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def prune(folder: Path, keep: int, newest: Path | None = None) -> None:
+    """Delete all but the `keep` newest up to `newest`, and what killed saves left.
 
-
-def prune(folder: Path, keep: int) -> set[int]:
-    """Delete all but the `keep` newest, and what killed saves left; the steps of those that stay."""
+    A checkpoint after `newest` is one that could not be read: the run has gone on from an earlier one.
+    """
     paths = checkpoints(folder)
-    for path in paths[keep:]:
-        delete(path)
+    first = paths.index(newest) if newest else 0
+    kept = paths[first : first + keep]
+    for path in paths:
+        if path not in kept:
+            delete(path)
     for path in folder.glob("step-*.partial"):
         remove(path)
-    return {step_of(path) for path in paths[:keep]}
+    for path in folder.glob("step-*.memory"):
+        if path.with_suffix("") not in kept:
+            remove(path)
 
 
 def delete(path: Path) -> None:
@@ -94,3 +98,15 @@ def delete(path: Path) -> None:
     if path.exists():
         path.rename(going)
         remove(going)
+    remove(memory_beside(path))
+
+
+def memory_beside(path: Path) -> Path:
+    """Where a model's memory is until its checkpoint is there."""
+    return path.with_name(f"{path.name}.memory")
+
+
+def take_memory(path: Path) -> None:
+    """Move the memory into its checkpoint."""
+    if memory_beside(path).exists():
+        memory_beside(path).rename(path / "memory")

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """The config that the arguments describe.
 
     Raises:
-        ValueError: an unknown preset, or a TOML file that cannot be used.
+        ValueError: an unknown preset or recipe, or a TOML file that cannot be used.
         SystemExit: arguments that cannot be used, or --help.
     """
     sources = argparse.ArgumentParser(prog="fastmoe train", add_help=False, allow_abbrev=False)
@@ -60,6 +60,10 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     values = read_toml(given.config) if given.config else {}
     name = given.preset or values.get("preset", "small")
     named = given.recipe or values.get("recipe")
+    if not isinstance(named, str | None):
+        raise ValueError(f"recipe must be a name; got {named!r}")
+    if named in TABULAR:
+        raise ValueError(f"recipe {named!r} has options of its own and no file: fastmoe train --recipe {named} --help")
     if named and (given.preset or "preset" in values):
         raise ValueError(f"expected a preset or a recipe; got both, preset {name!r} and recipe {named!r}")
     values = {key: value for key, value in values.items() if key not in ("preset", "recipe")}
@@ -73,7 +77,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
+    config = TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
+    options = base.model.model_options | config.model.model_options
+    return replace(config, model=replace(config.model, model_options=options))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def tabular(arguments: Sequence[str]) -> int | None:
     """Hand a recipe of fastmoe.tabular over to it, with all other arguments; None if it is none."""
-    sources = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    sources = argparse.ArgumentParser(prog="fastmoe train", add_help=False, allow_abbrev=False)
     sources.add_argument("--recipe")
     given, others = sources.parse_known_args(arguments)
     if given.recipe not in TABULAR:

@@ -5,6 +5,7 @@ A field is a TOML key in its section's table and a flag of `fastmoe train` (`--d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,13 +44,16 @@ class ModelConfig:
     init_scale: float = 1.0
     """Factor on the matrices that the blocks start with."""
     model_options: Annotated[dict[str, Any], KEY_VALUES] = field(default_factory=dict)
-    """More fields of the model's config in fastmoe.models, memory_length=512; in TOML a table [model.model_options]."""
+    """More fields of the model's config in fastmoe.models, memory_length=512; in TOML a table [model.model_options].
+    They go over those of a recipe or a file one by one."""
 
     def __post_init__(self) -> None:
         check_at_least(1, block_size=self.block_size, n_layer=self.n_layer, n_head=self.n_head, d_model=self.d_model)
         check_at_least(1, d_hidden=self.dense_hidden)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        if not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init_scale must be a finite number above 0; got {self.init_scale}")
 
     @property
     def has_memory(self) -> bool:
@@ -153,7 +157,7 @@ class RunConfig:
     resume: bool = False
     """Continue from the newest checkpoint in `out`; start anew where there is none."""
     overwrite: bool = False
-    """Delete the checkpoints of an earlier run in `out`."""
+    """Delete the checkpoints of an earlier run in `out`, and write over its results."""
     seed: int = 1
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

@@ -72,7 +72,7 @@ def advance(trainer: Trainer, boundary: int, observers: Sequence[Observer], stop
             step(trainer, boundary, observers)
             if trainer.world.any(stop()):
                 return False
-    if not trainer.history.valid_steps:
+    if trainer.step == boundary and trainer.step not in trainer.history.valid_steps[-1:]:
         with during(f"{trainer.kind}, step {trainer.step}"):
             evaluate(trainer, observers)
     return True

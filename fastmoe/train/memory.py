@@ -1,18 +1,21 @@
 """What a model with memory carries from one segment to the next, and how a resumed run gets it back.
 
-Memory depends on the weights of past steps, so it cannot be computed again: it is saved beside each checkpoint, one
-file for each part of a batch, that is for each micro-step on each process.
+Memory depends on the weights of past steps, so it cannot be computed again: it is part of a checkpoint, one file for
+each part of a batch, that is for each micro-step on each process. It is written beside the checkpoint before that is
+there, and moved into it after, so that a checkpoint has its memory at every moment.
 """
 
 from __future__ import annotations
 
 import pickle
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastmoe.train.batches import Share
+from fastmoe.train.checkpoint import memory_beside
 
 Memory = Tensor | None  # the sequences in dimension 1
 
@@ -21,7 +24,6 @@ Memory = Tensor | None  # the sequences in dimension 1
 class Memories:
     """This process's, one for each of its micro-steps; None at the start, and always where the model has none."""
 
-    folder: Path
     micro_steps: int
     rank: int
     processes: int
@@ -30,51 +32,41 @@ class Memories:
     def __post_init__(self) -> None:
         self.values = [None] * self.micro_steps
 
-    @property
-    def saved_parts(self) -> int:
-        """How many files all processes write; none for a model without memory."""
+    def parts_to_save(self) -> int:
+        """How many files all processes write; none where there is nothing to remember."""
         return self.micro_steps * self.processes if any(value is not None for value in self.values) else 0
 
-    def _path(self, step: int, micro_step: int) -> Path:
-        return self.folder / f"memory-{step:08d}-{micro_step * self.processes + self.rank}.pt"
-
-    def save(self, step: int) -> None:
-        """Write it: under its name there is only ever a whole file."""
-        if not self.saved_parts:
+    def save(self, checkpoint: Path) -> None:
+        """Write this process's, before the checkpoint."""
+        if not self.parts_to_save():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        memory_beside(checkpoint).mkdir(parents=True, exist_ok=True)
         for micro_step, value in enumerate(self.values):
-            path = self._path(step, micro_step)
-            partial = path.with_suffix(".partial")
-            torch.save(value, partial)
-            partial.replace(path)
+            torch.save(value, memory_beside(checkpoint) / file_name(micro_step * self.processes + self.rank))
 
-    def restore(self, step: int, parts: int, device: torch.device) -> None:
-        """What `save` wrote, if the batch has as many parts as it had; else empty, which a few steps feel.
+    def restore(self, checkpoint: Path, parts: int, device: torch.device) -> None:
+        """What all processes wrote in so many parts, cut for these micro-steps and processes.
 
         Raises:
             ValueError: a file is missing, or cannot be read.
         """
-        own = self.micro_steps * self.processes
         self.values = [None] * self.micro_steps
-        if parts == own:
-            self.values = [self._load(self._path(step, micro_step), device) for micro_step in range(self.micro_steps)]
-        elif parts and self.rank == 0:
-            warnings.warn(
-                f"memory was saved in {parts} parts and is needed in {own} (micro-steps * processes): it starts empty",
-                stacklevel=2,
-            )
-
-    @staticmethod
-    def _load(path: Path, device: torch.device) -> Memory:
-        try:
-            return torch.load(path, device, weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not parts:
+            return
+        folder = checkpoint / "memory"
+        folder = folder if folder.is_dir() else memory_beside(checkpoint)
+        rows = torch.cat([read(folder / file_name(part)) for part in range(parts)], dim=1)
+        for micro_step in range(self.micro_steps):
+            mine = Share(micro_step, self.micro_steps, self.rank, self.processes).of(torch.arange(rows.shape[1]))
+            self.values[micro_step] = rows[:, mine].to(device)
 
 
-def prune_memory(folder: Path, steps: set[int]) -> None:
-    """Delete the memory of all but these steps."""
-    for path in folder.glob("memory-*"):
-        if int(path.name.split("-")[1].partition(".")[0]) not in steps:
-            path.unlink(missing_ok=True)
+def file_name(part: int) -> str:
+    return f"{part}.pt"
+
+
+def read(path: Path) -> Tensor:
+    try:
+        return torch.load(path, "cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastmoe.models import NAMED, GPTConfig, LSTMConfig, TransformerXLConfig, gp
 from fastmoe.models.common import ExpertOptions
 from fastmoe.models.named import CLASSES, Config, LanguageModel
 from fastmoe.train.config import Arch, ModelConfig, MoEConfig
+from fastmoe.train.options import convert
 
 VOCAB_SIZE = 256
 BLOCKS = (gpt.Block, transformer_xl.Block)
@@ -32,9 +34,11 @@ def model_config(shape: ModelConfig) -> Config:
     """The config of the model in `fastmoe.models`.
 
     Raises:
-        ValueError: an option that this model does not have, or that has a name of its own.
+        ValueError: an option that this model does not have, that has a flag of its own, or that is of another type.
     """
-    known = {field.name for field in fields(CONFIGS[shape.arch])}
+    kind = CONFIGS[shape.arch]
+    known = {field.name for field in fields(kind)} - {field.name for field in fields(ExpertOptions)}
+    hints = typing.get_type_hints(kind)
     given: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "d_hidden": shape.dense_hidden}
     if "block_size" in known:
         given["block_size"] = shape.block_size
@@ -47,8 +51,8 @@ def model_config(shape: ModelConfig) -> Config:
     for name, value in shape.model_options.items():
         if name not in known or name in given:
             raise unknown_name(f"model option of {shape.arch}", name, sorted(known - given.keys()))
-        given[name] = value
-    return CONFIGS[shape.arch](**given)
+        given[name] = convert(value, hints[name], f"model option {name}")
+    return kind(**given)
 
 
 def named_shape(name: str, segment: int | None = None, init_scale: float = 1.0) -> ModelConfig:
@@ -83,7 +87,8 @@ def attended(shape: ModelConfig) -> float:
 def train_flops_per_token(model: nn.Module, shape: ModelConfig) -> float:
     """`6 N + 12 n_layer d_model attended`: forward and backward of N active parameters, and of scores and sums.
 
-    N is that of `fastmoe.summary`, embeddings included. Twins differ in their router alone.
+    N is that of `fastmoe.summary`, embeddings included. Twins differ in their router alone. Of a Transformer-XL it
+    leaves out a fifth, the same for both: products with distances, keys and values of the memory.
     """
     active = fastmoe.summary(model).active_params
     return 6 * active + 12 * shape.n_layer * shape.d_model * attended(shape)

@@ -61,6 +61,8 @@ def merge(config: Section, values: Mapping[str, Any], where: str = "config") -> 
             changes[key] = merge(known[key], value, f"{where} [{key}]")
         else:
             changes[key] = convert(value, hints[key], f"{where}: {key}")
+            if key == "model_options":
+                changes[key] = known[key] | changes[key]
     return replace(config, **changes)  # type: ignore[type-var]
 
 
@@ -73,6 +75,10 @@ def convert(value: object, hint: Any, where: str) -> object:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a table; got {value!r}")
         return dict(value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a list; got {value!r}")
+        return tuple(convert(item, options[0], where) for item in value)
     if origin is Literal:
         if value not in options:
             raise unknown_name(f"value of {where}", value, options)

@@ -37,7 +37,7 @@ class Twins:
             moe=named_experts(self.moe),
             data=DataConfig(eval_sequences=self.eval_sequences),
             optim=self.optim,
-            run=RunConfig(out=Path("runs") / name, eval_every=self.eval_every, checkpoint_every=self.eval_every * 5),
+            run=RunConfig(out=Path("runs") / name, eval_every=self.eval_every, checkpoint_every=self.eval_every),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -9,13 +10,12 @@ from rich.text import Text
 
 import fastmoe
 from fastmoe.train import checkpoint
-from fastmoe.train.config import NAMES, Kind, TrainConfig
+from fastmoe.train.config import NAMES, Kind, RunConfig, TrainConfig
 from fastmoe.train.corpus import load_corpus
 from fastmoe.train.display import ProgressDisplay, TensorBoard
 from fastmoe.train.failure import during
 from fastmoe.train.load import LoadObserver
 from fastmoe.train.loop import Observer, StopSignals, train
-from fastmoe.train.memory import prune_memory
 from fastmoe.train.report import outcomes, table, write_artefacts
 from fastmoe.train.sample import sample_text
 from fastmoe.train.trainer import Trainer
@@ -37,6 +37,7 @@ def _set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer
     corpus = world.together.each(lambda: load_corpus(config.data.path, config.data.valid))
     console.print(str(corpus))
     kinds: tuple[Kind, ...] = ("dense", "moe") if config.mode == "compare" else (config.mode,)
+    world.together.each(lambda: check_folder(config.run, kinds))
     trainers = [Trainer(config, kind, corpus, world) for kind in kinds]
     if any(not layer.router.causal for trainer in trainers for layer in fastmoe.moe_layers(trainer.model).values()):
         console.print(
@@ -49,6 +50,22 @@ def _set_up(config: TrainConfig, world: World, console: Console) -> list[Trainer
         else:
             start_anew(trainer)
     return trainers
+
+
+def check_folder(run: RunConfig, kinds: tuple[Kind, ...]) -> None:
+    """Raises ValueError: `out` is no folder, or has the results of a run of other models."""
+    if run.out.exists() and not run.out.is_dir():
+        raise ValueError(f"out must be a folder; {run.out} is a file")
+    results = run.out / "results.json"
+    try:
+        earlier = tuple(json.loads(results.read_text(encoding="utf-8"))["histories"])
+    except (OSError, ValueError, KeyError):  # there are none, or a killed run's
+        return
+    if earlier != kinds and not run.overwrite:
+        raise ValueError(
+            f"{results} is of a run of {' and '.join(earlier)}, this one is of {' and '.join(kinds)}: "
+            "give another --out, or --overwrite"
+        )
 
 
 def run(trainers: list[Trainer], console: Console) -> None:
@@ -77,7 +94,7 @@ def start_anew(trainer: Trainer) -> None:
     if earlier and not trainer.config.run.overwrite:
         raise ValueError(f"{earlier[0]} is of an earlier run: give --resume, --overwrite or another --out")
     if trainer.world.is_main:
-        prune_memory(trainer.folder, checkpoint.prune(trainer.folder, keep=0))
+        checkpoint.prune(trainer.folder, keep=0)
 
 
 def train_watched(trainers: list[Trainer], console: Console) -> bool:

@@ -15,6 +15,9 @@ from torch import Tensor
 from fastmoe._seeds import mix
 from fastmoe.train.batches import WHOLE, Batch, Share, check_length, windows
 
+EVAL_STREAMS = 32
+"""So many at most are evaluated side by side, whatever the batch of training is: the loss depends on it a little."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -35,21 +38,24 @@ class Streams:
         return rows_BS1[:, :-1], rows_BS1[:, 1:]
 
     def held_out(self, data: Tensor, share: Share = WHOLE) -> Iterator[Batch]:
-        """`batch_size` streams, each read once from its beginning without memory, `eval_sequences` segments in all.
+        """Streams from even distances, each read once from its beginning without memory; `eval_sequences` segments of
+        `block_size` in all.
 
         With `eval_sequences` 0, or more than there are, all of the data: each byte but the first counts once. Bytes
-        that do not divide among the streams come last, without memory.
+        that do not divide among the streams come last, without memory. A process without a stream takes the first one,
+        which does not count there.
         """
-        check_length(data, max(self.block_size, self.batch_size), "held-out")
+        check_length(data, self.block_size, "held-out")
         room = data.numel() - 1
-        wanted = self.eval_sequences * self.block_size or room
-        apart = room // self.batch_size
-        length = min(apart, max(1, wanted // self.batch_size))
-        starts_B = share.of(torch.arange(self.batch_size) * apart)
+        wanted = min(self.eval_sequences * self.block_size or room, room)
+        streams = min(EVAL_STREAMS, wanted // self.block_size)
+        apart, length = room // streams, wanted // streams
+        rows = torch.arange(streams)[share.rank :: share.world_size]
+        starts_B = (rows if len(rows) else torch.zeros(1, dtype=torch.int64)) * apart
         for begin in range(0, length, self.block_size):
             size = min(self.block_size, length - begin)
-            yield Batch(*windows(data, starts_B + begin, size), counted=len(starts_B), fresh=begin == 0)
-        rest = room - apart * self.batch_size
-        if wanted >= room and rest:
+            yield Batch(*windows(data, starts_B + begin, size), counted=len(rows), fresh=begin == 0)
+        rest = room - apart * streams
+        if wanted == room and rest:
             start_1 = torch.tensor([room - rest])
             yield Batch(*windows(data, start_1, rest), counted=int(share.is_first), fresh=True)

@@ -20,7 +20,7 @@ from fastmoe.train.build import autocast_dtype, build_batches, build_model, buil
 from fastmoe.train.config import Kind, TrainConfig
 from fastmoe.train.corpus import Corpus
 from fastmoe.train.history import BITS, History
-from fastmoe.train.memory import Memories, Memory, prune_memory
+from fastmoe.train.memory import Memories, Memory
 from fastmoe.train.options import to_plain
 from fastmoe.train.world import World
 
@@ -39,7 +39,7 @@ class Trainer:
         self.step = 0
         self.saved: int | None = None
         self.batches = build_batches(config)
-        self.memory = Memories(self.folder, config.optim.grad_accumulation, world.rank, world.size)
+        self.memory = Memories(config.optim.grad_accumulation, world.rank, world.size)
         self._check_data()
         self.history = History()
         self.grad_norm = torch.zeros(())
@@ -150,14 +150,14 @@ class Trainer:
             return
         self.flush()
         path = checkpoint.path_of(self.folder, self.step)
-        if self.world.is_main:
-            checkpoint.delete(path)
-        self.memory.save(self.step)
+        together = self.world.together
+        together.first(lambda: checkpoint.delete(path))
+        together.each(lambda: self.memory.save(path))
         fastmoe.save(self.model, self.optimizer, path, extra=self._extra())
         self.saved = self.step
         if self.world.is_main:
-            kept = checkpoint.prune(self.folder, self.config.run.keep_checkpoints)
-            prune_memory(self.folder, kept)
+            checkpoint.take_memory(path)
+            checkpoint.prune(self.folder, self.config.run.keep_checkpoints, newest=path)
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -166,14 +166,14 @@ class Trainer:
             "history": self.history.to_plain(),
             "config": to_plain(self.config),
             "corpus": self.corpus.sha256,
-            "memory_parts": self.memory.saved_parts,
+            "memory_parts": self.memory.parts_to_save(),
         }
 
     def restore(self, path: Path) -> Path:
         """Go on from a checkpoint, with this run's optimizer options; all processes call it.
 
         Raises:
-            OtherRunError: the checkpoint is of another model, MoE or corpus.
+            OtherRunError: the checkpoint is of another model, MoE, batch size, seed or corpus.
             ValueError, OSError, RuntimeError: it cannot be read.
         """
         extra = self.world.together.each(lambda: checkpoint.read_extra(path))
@@ -186,7 +186,7 @@ class Trainer:
         self.history = History(**extra["history"])
         self.step = self.saved = extra["step"]
         parts = extra.get("memory_parts", 0)
-        self.world.together.each(lambda: self.memory.restore(self.step, parts, self.world.device))
+        self.world.together.each(lambda: self.memory.restore(path, parts, self.world.device))
         return path
 
     def _check_same_run(self, path: Path, extra: dict[str, Any]) -> None:
@@ -195,5 +195,9 @@ class Trainer:
             then = defaults[section] | extra["config"][section]  # it may be older than some option
             if then != plain[section]:
                 raise checkpoint.OtherRunError(f"{path} was trained with {section} = {then}; now {plain[section]}")
+        for section, name in (("optim", "batch_size"), ("run", "seed")):
+            then, now = extra["config"][section][name], plain[section][name]
+            if then != now:
+                raise checkpoint.OtherRunError(f"{path} was trained with {name} = {then}; got {name} = {now}")
         if extra["corpus"] != self.corpus.sha256:
             raise checkpoint.OtherRunError(f"{path} was trained on other data than {self.corpus.name}")

@@ -24,6 +24,24 @@ def test_twins_have_equal_flops_and_start_from_equal_weights(with_biases):
         assert torch.equal(dense.state_dict()[name], moe.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("arch", ["gpt", "transformer_xl"])
+def test_init_scale_is_on_the_matrices_of_blocks_alone(tiny, arch):
+    plain, scaled = (build_model(change(tiny, model={"arch": arch, "init_scale": s}), "moe") for s in (1.0, 5.0))
+    larger = set()
+    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        factor = 5 if before.ndim >= 2 and "embedding" not in name and not name.endswith((".b1", ".b2")) else 1
+        torch.testing.assert_close(after, before * factor, rtol=0, atol=0, msg=name)
+        larger |= {name.rpartition(".")[2] for _ in range(factor == 5)}
+    assert {"weight", "w1", "w2"} <= larger
+
+
+def test_experts_start_as_wide_as_dense_blocks(tiny):
+    tiny = change(tiny, model={"init_scale": 5.0, "d_model": 64})
+    dense, moe = (build_model(tiny, kind).blocks[0].mlp for kind in ("dense", "moe"))
+    assert moe.experts.w1.std().item() == pytest.approx(dense.c_fc.weight.std().item(), rel=0.05)
+    assert moe.experts.w2.std().item() == pytest.approx(dense.c_proj.weight.std().item(), rel=0.05)
+
+
 def test_active_parameters_differ_by_the_routers_alone(tiny):
     dense, moe = (fastmoe.summary(build_model(tiny, kind)) for kind in ("dense", "moe"))
     routers = tiny.model.n_layer * tiny.moe.num_experts * tiny.model.d_model

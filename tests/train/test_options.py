@@ -33,6 +33,13 @@ def test_a_toml_file_goes_over_the_preset_and_flags_over_both(toml):
     assert config.optim.batch_size == PRESETS["demo"].optim.batch_size
 
 
+def test_options_of_the_model_go_over_one_by_one(toml):
+    path = toml('recipe = "txl-tiny"\n[model.model_options]\nmemory_length = 32\n')
+    assert parse(["--config", path]).model.model_options == {"memory_length": 32, "pre_norm": True}
+    config = parse(["--config", path, "--model-options", "pre_norm=false", "clamp_distance=9"])
+    assert config.model.model_options == {"memory_length": 32, "pre_norm": False, "clamp_distance": 9}
+
+
 def test_a_preset_flag_goes_over_that_of_the_file(toml):
     assert parse(["--config", toml('preset = "demo"'), "--preset", "small"]) == PRESETS["small"]
 
@@ -58,6 +65,11 @@ def test_flags_of_all_sections():
         ('mode = "danse"', "'danse'. Did you mean 'dense'"),
         ("[model", "is not valid TOML"),
         ("[optim]\nsteps = 0", "steps must be at least 1; got 0"),
+        ("[data]\neval_sequences = -1", "eval_sequences must be at least 0; got -1"),
+        ("[model]\ninit_scale = 0", "init_scale must be a finite number above 0; got 0"),
+        ("[model]\ninit_scale = nan", "init_scale must be a finite number above 0; got nan"),
+        ('recipe = ["a"]', r"recipe must be a name; got \['a'\]"),
+        ('recipe = "mmoe-census"', "'mmoe-census' has options of its own and no file: fastmoe train --recipe"),
         ('preset = "dem"', "unknown preset 'dem'. Did you mean 'demo'"),
     ],
 )

@@ -72,7 +72,7 @@ def test_two_processes_remember_as_one_does(exact, tmp_path):
     assert losses(two.run.out, "moe") == pytest.approx(losses(one.run.out, "moe"), rel=1e-4)
     for figure in ("valid_loss", "test_loss"):
         assert results(two)["results"]["moe"][figure] == pytest.approx(results(one)["results"]["moe"][figure], rel=1e-4)
-    assert len(list((two.run.out / "moe").glob("memory-00000004-*.pt"))) == 4
+    assert len(list((two.run.out / "moe" / "step-00000004" / "memory").glob("*.pt"))) == 4
 
 
 def test_a_checkpoint_of_one_process_goes_on_on_two(exact, tmp_path):

@@ -68,6 +68,37 @@ def test_models_are_those_of_the_table_of_models(name):
     assert (known.top_k, known.expert_hidden, known.router) == (ours.moe.top_k, None, ours.moe.router)
 
 
+# steps, batch_size, lr, min_lr, warmup_steps, weight_decay, beta2, grad_clip; eval_sequences, segment
+SCHEDULES = {
+    "txl-enwik8-base": (400_000, 22, 2.5e-4, 0.0, 0, 0.0, 0.999, 0.25, 0, 512),
+    "gpt-small": (100_000, 64, 6e-4, 6e-5, 2000, 0.1, 0.95, 1.0, 512, 1024),
+    "lstm-dense": (50_000, 256, 1e-3, 1e-5, 1000, 0.0, 0.95, 1.0, 0, 128),
+    "gpt-tiny": (1200, 32, 4e-3, 4e-4, 100, 0.1, 0.95, 1.0, 512, 64),
+    "txl-tiny": (1000, 32, 4e-3, 4e-4, 100, 0.1, 0.95, 1.0, 512, 64),
+    "lstm-tiny": (1200, 32, 4e-3, 4e-4, 100, 0.1, 0.95, 1.0, 512, 64),
+}
+
+
+@pytest.mark.parametrize("twins", TWINS, ids=[twins.dense for twins in TWINS])
+def test_twins_are_trained_alike_as_published(twins):
+    dense, moe = recipe(twins.dense), recipe(twins.moe)
+    for section in ("model", "data", "optim"):
+        assert getattr(dense, section) == getattr(moe, section)
+    o = dense.optim
+    schedule = (o.steps, o.batch_size, o.lr, o.min_lr, o.warmup_steps, o.weight_decay, o.beta2, o.grad_clip)
+    assert (*schedule, dense.data.eval_sequences, dense.model.block_size) == SCHEDULES[twins.dense]
+    assert dense.run.checkpoint_every <= dense.run.eval_every < o.steps / 5
+
+
+def test_flops_of_a_token():
+    """6 for each active parameter, 12 for each layer, width and position seen."""
+    attention = {"gpt-tiny": 12 * 2 * 64 * 32.5, "txl-tiny": 12 * 2 * 64 * 96.5, "lstm-tiny": 0}
+    parameters = {"gpt-tiny": 115_008, "txl-tiny": 124_672, "lstm-tiny": 116_288}
+    for name in attention:
+        model = build_model(recipe(name), "dense")
+        assert train_flops_per_token(model, recipe(name).model) == 6 * parameters[name] + attention[name]
+
+
 def test_published_sizes():
     sizes = []
     for name in ("txl-enwik8-base", "txl-enwik8-base-moe64"):
@@ -101,6 +132,11 @@ def test_flags_go_over_a_recipe(tmp_path):
         (["--recipe", "lstm-tiny", "--n-head", "2"], "arch 'lstm' has no n_head: expected it to be left at 6; got 2"),
         (["--recipe", "gpt-tiny", "--model-options", "memory_length=3"], "unknown model option of gpt 'memory_length'"),
         (["--recipe", "txl-tiny", "--model-options", "d_model=3"], "unknown model option of transformer_xl 'd_model'"),
+        (["--recipe", "gpt-tiny", "--model-options", "num_experts=4"], "unknown model option of gpt 'num_experts'"),
+        (["--recipe", "txl-tiny", "--model-options", "memory_length=a"], "memory_length must be int; got 'a'"),
+        (["--recipe", "txl-tiny", "--model-options", "memory_length=3.5"], "memory_length must be int; got 3.5"),
+        (["--recipe", "txl-tiny", "--model-options", "pre_norm=maybe"], "pre_norm must be bool; got 'maybe'"),
+        (["--recipe", "txl-tiny", "--model-options", "cutoffs=3"], "cutoffs must be a list; got 3"),
     ],
 )
 def test_what_is_no_recipe(arguments, message, capsys):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_run import as_flags, change, losses
+from tiny_run import as_flags, change, losses, make_trainer
 
 from fastmoe.train import checkpoint
 from fastmoe.train.command import main
+from fastmoe.train.loop import train
 from fastmoe.train.trainer import Trainer
 
 
@@ -93,6 +94,38 @@ def test_resume_passes_over_a_damaged_checkpoint_and_replaces_it(tiny):
         assert main([*as_flags(config), "--resume"]) == 0
     assert losses(config.run.out, "moe") == whole
     assert checkpoint.read_extra(newest)["step"] == 12
+
+
+def test_results_of_another_model_are_not_written_over_in_silence(tiny, capsys):
+    assert main([*as_flags(tiny), "--mode", "dense"]) == 0
+    assert main([*as_flags(tiny), "--mode", "moe"]) == 2
+    assert "results.json is of a run of dense, this one is of moe: give another --out" in capsys.readouterr().err
+    assert main([*as_flags(tiny), "--mode", "moe", "--overwrite"]) == 0
+    assert list(json.loads((tiny.run.out / "results.json").read_text())["histories"]) == ["moe"]
+
+
+def test_results_that_a_kill_cut_off_are_written_again(tiny):
+    assert main([*as_flags(tiny), "--mode", "dense"]) == 0
+    results = tiny.run.out / "results.json"
+    results.write_text(results.read_text()[:100])
+    assert main([*as_flags(tiny), "--mode", "dense", "--resume"]) == 0
+    assert json.loads(results.read_text())["results"]["dense"]["steps"] == 12
+
+
+def test_out_must_be_a_folder(tiny, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main([*as_flags(tiny), "--out", str(file)]) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_where_it_was_stopped_evaluates_there(tiny):
+    config = change(tiny, mode="dense")
+    stopped = make_trainer(config, "dense")
+    assert not train([stopped], [], lambda: stopped.step == 7)
+    assert main([*as_flags(config), "--resume", "--steps", "7"]) == 0
+    history = json.loads((tiny.run.out / "results.json").read_text())["histories"]["dense"]
+    assert history["valid_steps"] == [0, 5, 7]
 
 
 @pytest.mark.parametrize(

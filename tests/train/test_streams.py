@@ -50,10 +50,31 @@ def test_the_whole_text_is_evaluated_each_byte_once(world_size, eval_sequences):
 
 
 def test_a_part_of_the_text_is_spread_over_it():
-    batches = list(streams(eval_sequences=12, batch_size=4).held_out(DATA))
-    assert [batch.fresh for batch in batches] == [True, False, False]
-    assert batches[0].tokens_BS[:, 0].tolist() == [DATA[i] for i in (0, 249, 498, 747)]
-    assert sum(batch.targets_BS.numel() for batch in batches) == 12 * 16
+    data = torch.arange(16 * 32 * 4 + 1).remainder(251).to(torch.uint8)
+    batches = list(streams(eval_sequences=64).held_out(data))
+    assert [batch.fresh for batch in batches] == [True, False]
+    assert batches[0].tokens_BS[:3, 0].tolist() == [data[i] for i in (0, 64, 128)]
+    assert sum(batch.targets_BS.numel() for batch in batches) == 64 * 16
+
+
+@pytest.mark.parametrize("eval_sequences", [0, 7])
+def test_the_batch_of_training_has_no_part_in_evaluation(eval_sequences):
+    shapes = set()
+    for batch_size in (1, 6, 256):
+        given = streams(eval_sequences=eval_sequences, batch_size=batch_size).held_out(DATA)
+        shapes.add(tuple(tuple(batch.targets_BS.shape) for batch in given))
+    (shape,) = shapes
+    assert shape == (((7, 16),) if eval_sequences else ((32, 16), (32, 15), (1, 7)))
+
+
+def test_a_stream_has_a_whole_segment_at_least():
+    batches = list(streams().held_out(DATA[:40]))
+    assert [tuple(batch.tokens_BS.shape) for batch in batches] == [(2, 16), (2, 3), (1, 1)]
+
+
+def test_text_below_a_segment_is_refused():
+    with pytest.raises(ValueError, match="held-out part of the data has 16 bytes; block_size=16 needs 17"):
+        next(streams().held_out(DATA[:16]))
 
 
 def test_all_windows_are_evaluated_where_none_are_counted_off():
@@ -66,17 +87,17 @@ def test_bits_per_byte_are_those_of_one_byte_after_the_other(tiny, kind):
     """The LSTM's state makes it the same computation, byte by byte, on probabilities."""
     config = change(tiny, model=LSTM | {"dropout": 0.0}, data={"eval_sequences": 0})
     trainer = make_trainer(config, kind)
-    data = trainer.corpus.valid[:401]
+    data = trainer.corpus.valid[: 32 * 40 + 1]
     model = trainer.model.eval()
-    tokens, targets = data[:-1].long().view(4, 100), data[1:].long().view(4, 100)
+    tokens, targets = data[:-1].long().view(32, 40), data[1:].long().view(32, 40)
     bits, state = 0.0, None
     with torch.no_grad():
-        for i in range(100):
+        for i in range(40):
             logits, _, state = model(tokens[:, i : i + 1], None, state)
             chances = logits[:, 0].double().softmax(-1)
-            bits -= chances[torch.arange(4), targets[:, i]].log2().sum().item()
-    assert trainer.loss_on(data) == pytest.approx(bits / 400, rel=1e-5)
-    assert bits / 400 == pytest.approx(8, abs=0.5)
+            bits -= chances[torch.arange(32), targets[:, i]].log2().sum().item()
+    assert trainer.loss_on(data) == pytest.approx(bits / 1280, rel=1e-5)
+    assert bits / 1280 == pytest.approx(8, abs=0.5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
