@@ -20,6 +20,10 @@ AMOUNTS = ("wage_per_hour", "capital_gains", "capital_losses", "dividends")  # m
 COUNTS = ("age", "num_persons_worked_for", "weeks_worked")
 INCOMES = {"- 50000.": 0, "50000+.": 1}
 NEVER_MARRIED = "Never married"
+MARITAL_STATUSES = (
+    NEVER_MARRIED, "Married-civilian spouse present", "Married-A F spouse present", "Married-spouse absent",
+    "Separated", "Divorced", "Widowed",
+)  # fmt: skip
 TASKS = ("income above 50K", "never married")
 EXCLUDED = ("education", "marital_status", "instance_weight", "income")
 """No features: what the paper's tasks predict (section 6.3), and the weight."""
@@ -32,10 +36,11 @@ def read_census(path: Path) -> pl.DataFrame:
     """The rows of a file, as it comes from the archive or compressed by gzip: numbers as float64, the rest as text.
 
     Raises:
-        ValueError: no such file, or none of this set; the message says what was expected and what came.
+        ValueError: no such file, none of this set, or a value is missing or wrong; the message says what was expected
+            and what came.
     """
     if not path.is_file():
-        raise ValueError(f"no such file: {path}")
+        raise ValueError(f"{path} is a folder: give a file" if path.is_dir() else f"no such file: {path}")
     try:
         frame = pl.read_csv(io.BytesIO(path.read_bytes()), has_header=False, infer_schema=False, quote_char=None)
     except (pl.exceptions.PolarsError, OSError) as error:  # OSError: a broken gzip file
@@ -44,19 +49,30 @@ def read_census(path: Path) -> pl.DataFrame:
         raise ValueError(f"{path}: {ONE_ROW}; got {frame.height} rows of {frame.width}")
     frame = frame.rename(dict(zip(frame.columns, COLUMNS, strict=True)))
     frame = frame.with_columns(pl.all().str.strip_chars())
-    _check_labels(frame, path)
+    _check_complete(frame, path)
+    _check_values(frame, "income", list(INCOMES), path)
+    _check_values(frame, "marital_status", list(MARITAL_STATUSES), path)
     return _with_numbers(frame, path)
 
 
-def _check_labels(frame: pl.DataFrame, path: Path) -> None:
-    other = frame.filter(~pl.col("income").is_in(list(INCOMES)) | pl.col("income").is_null())
-    if other.height:
+def _check_complete(frame: pl.DataFrame, path: Path) -> None:
+    for place, name in enumerate(COLUMNS, start=1):
+        missing = (frame[name].is_null() | (frame[name] == "")).arg_true()
+        if len(missing):
+            raise ValueError(
+                f"{path}: row {missing[0] + 1} has no {name} (value {place} of 42): is it blank or cut short? What is "
+                "not known stands in this set as '?' or 'Not in universe'"
+            )
+
+
+def _check_values(frame: pl.DataFrame, name: str, known: list[str], path: Path) -> None:
+    other = frame[name].filter(~frame[name].is_in(known))
+    if len(other):
+        place = COLUMNS.index(name) + 1
         raise ValueError(
-            f"{path}: the last value of a row must be one of {list(INCOMES)}; got {other['income'][0]!r} "
-            f"and {other.height - 1} more rows of the kind"
+            f"{path}: value {place} of a row ({name}) must be one of {known}; got {other[0]!r} and {len(other) - 1} "
+            "more that are none"
         )
-    if NEVER_MARRIED not in frame["marital_status"]:
-        raise ValueError(f"{path}: no row has {NEVER_MARRIED!r} as its 8th value: are the columns in another order?")
 
 
 def _with_numbers(frame: pl.DataFrame, path: Path) -> pl.DataFrame:

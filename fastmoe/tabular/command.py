@@ -29,9 +29,9 @@ class CensusCommand:
     """One file of the set, split 60/20/20; or census-income.data and census-income.test, of which the second is halved
     into validation and test rows. As they are or compressed by gzip."""
     out: Path = Path("runs/mmoe-census")
-    """Where census.json, census_auc.png and census_gates.png go."""
+    """Folder of census.json, census_auc.png and census_gates.png."""
     seeds: int = 5
-    """How many times each model is trained."""
+    """How many seeds: each model is trained once for each seed and learning rate."""
     models: tuple[str, ...] = ("mmoe", "shared_bottom", "single_task")
     """Of mmoe, omoe, shared_bottom, single_task."""
     lrs: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3)
@@ -65,7 +65,7 @@ class SyntheticCommand:
     """MMoE, OMoE and a shared bottom, of equal size, on two made-up tasks of a known correlation."""
 
     out: Path = Path("runs/mmoe-synthetic")
-    """Where synthetic.json and synthetic.png go."""
+    """Folder of synthetic.json and synthetic.png."""
     correlations: tuple[float, ...] = (0.5, 0.9, 1.0)
     seeds: int = 5
     """How many problems are drawn for each correlation."""

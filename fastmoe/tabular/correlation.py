@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastmoe.tabular.grid import check_distinct, check_folder, check_grid, write
 from fastmoe.tabular.plots import LABELS, plot_curves
-from fastmoe.tabular.recipes import Show, check_grid, write
+from fastmoe.tabular.recipes import Show
 from fastmoe.tabular.synthetic import Curve, Problem, SyntheticOptions, fit_synthetic, make_problem
 
 
@@ -31,13 +32,14 @@ def run_synthetic(
     Writes `synthetic.json` and `synthetic.png` into `out`, and returns what is in the JSON.
 
     Raises:
-        ValueError: correlations, models, seeds, learning rates or options that cannot be used.
+        ValueError: correlations, models, seeds, learning rates or options that cannot be used, or training that
+            diverges.
     """
     options = options or SyntheticOptions()
     check_grid(models, seeds, lrs)
-    if not correlations:
-        raise ValueError("correlations must have at least one number, got none")
+    check_distinct("correlations", correlations)
     problems = {f"{c:g}": [make_problem(c, seed, options) for seed in seeds] for c in correlations}
+    check_folder(out)
     losses: dict[str, dict[str, dict[str, Any]]] = {c: {} for c in problems}
     steps, parameters = [], {}
     for correlation, of_seeds in problems.items():

@@ -121,19 +121,20 @@ class Encoder:
         numbers_TC = self._numbers(train)
         constant_C = (numbers_TC == numbers_TC[0]).all(0)
         self.mean_C = numbers_TC.mean(0)
-        self.std_C = numbers_TC.std(0).masked_fill(constant_C, 1.0)
+        variance_C = (numbers_TC - self.mean_C).square().sum(0) / (len(numbers_TC) - 1)
+        self.std_C = variance_C.sqrt().masked_fill(constant_C, 1.0)
         self.names = (*self.amounts, *self.counts, *self.values)
 
     def __call__(self, frame: pl.DataFrame) -> Tensor:
         dummies = frame.select(self.nominal).to_dummies(separator="=")
         absent = [pl.lit(0, dtype=pl.UInt8).alias(name) for name in self.values if name not in dummies.columns]
-        values = dummies.with_columns(absent).select(self.values).to_numpy()
+        values = dummies.with_columns(absent).select(self.values).to_numpy().reshape(frame.height, len(self.values))
         numbers_TC = (self._numbers(frame) - self.mean_C) / self.std_C
         return torch.cat([numbers_TC.float(), torch.from_numpy(values).float()], dim=1)
 
     def _numbers(self, frame: pl.DataFrame) -> Tensor:
         columns = frame.select(pl.col(self.amounts).log1p(), pl.col(self.counts))
-        return torch.from_numpy(columns.to_numpy().copy())
+        return torch.from_numpy(columns.to_numpy().reshape(frame.height, columns.width).astype("float64"))
 
 
 def check_exclude(exclude: Sequence[str]) -> None:

@@ -79,9 +79,9 @@ def fit(data: Census, config: MultiTaskConfig, sharing: str, seed: int, lr: floa
     best_K: list[Epoch] = []
     for number, batches in enumerate(batches_of_epochs(len(data.train), seed, options), start=1):
         train_epoch(model, optimizer, data.train, batches)
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError(f"{sharing} diverged at lr {lr:g} with seed {seed}, in epoch {number}: give lower lrs")
         epoch = evaluate(model, data, number)
+        if epoch is None:
+            raise ValueError(f"{sharing} diverged in epoch {number} at lr {lr:g} with seed {seed}: give lower lrs")
         best_K = best_by_task(best_K, epoch)
         if all(number - best.number >= options.patience for best in best_K):
             break
@@ -121,9 +121,12 @@ def task_losses(logits_TK: Tensor, y_TK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: MultiTask, data: Census, number: int) -> Epoch:
-    valid_auc = aucs(model(data.valid.x_TD), data.valid.y_TK)
-    test_auc = aucs(model(data.test.x_TD), data.test.y_TK)
+def evaluate(model: MultiTask, data: Census, number: int) -> Epoch | None:
+    """None if the outputs are not all finite."""
+    valid_TK, test_TK = model(data.valid.x_TD), model(data.test.x_TD)
+    if not (valid_TK.isfinite().all() and test_TK.isfinite().all()):
+        return None
+    valid_auc, test_auc = aucs(valid_TK, data.valid.y_TK), aucs(test_TK, data.test.y_TK)
     gates_KE = None
     if isinstance(model.bottom, MMoE) and model.bottom.last_stats is not None:
         gates_KE = model.bottom.last_stats.utilization[0].tolist()  # of the last pass: the test rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plot_gates(gates_SKE: Mapping[str, Sequence[Sequence[float]]], tasks: Sequence[str], path: Path) -> None:
-    """A heat map for each seed, or whatever the keys name: tasks downwards, experts to the right, mean gate weights."""
-    figure = new_figure(2.3 * len(gates_SKE) + 2.2, 0.5 * len(tasks) + 1.3)
-    panels = figure.subplots(1, len(gates_SKE), squeeze=False, sharey=True)[0]
+    """A heat map for each seed, or whatever the keys name, five side by side: tasks downwards, experts to the right,
+    mean gate weights."""
+    columns, lines = min(5, len(gates_SKE)), math.ceil(len(gates_SKE) / 5)
+    figure = new_figure(2.3 * columns + 2.2, lines * (0.5 * len(tasks) + 1.3))
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     highest = max(max(max(row) for row in gate_KE) for gate_KE in gates_SKE.values())
-    for panel, (title, gate_KE) in zip(panels, gates_SKE.items(), strict=True):
+    for panel in panels.flat[len(gates_SKE) :]:
+        panel.set_axis_off()
+    for panel, (title, gate_KE) in zip(panels.flat, gates_SKE.items(), strict=False):
         image = panel.imshow(gate_KE, vmin=0, vmax=highest, cmap="Blues", aspect="auto")
         panel.set_title(title, fontsize=9)
         panel.set_xticks(range(len(gate_KE[0])))
@@ -77,5 +82,4 @@ def plot_curves(
 
 
 def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastmoe._errors import check_choice
-from fastmoe.models.mmoe import BOTTOMS, MultiTaskConfig
+from fastmoe.models.mmoe import MultiTaskConfig
 from fastmoe.tabular.features import Census, load_census
 from fastmoe.tabular.fit import Fit, FitOptions, fit
+from fastmoe.tabular.grid import check_folder, check_grid, write
 from fastmoe.tabular.plots import LABELS, plot_aucs, plot_gates
 
 Show = Callable[[str], None]
@@ -36,13 +35,18 @@ def run_census(
     Each model is trained once for each of `seeds` with each of `lrs`, all on the same split, and reported at the
     learning rate with the highest validation AUC, mean over tasks and seeds.
 
-    Writes `census.json`, `census_auc.png` and `census_gates.png` into `out`, and returns what is in the JSON.
+    Writes `census.json`, `census_auc.png` and, with an MMoE among the models, `census_gates.png` into `out`, and
+    returns what is in the JSON.
+
+    Args:
+        data, split_seed, exclude: as for `load_census`.
 
     Raises:
-        ValueError: data, models, seeds or options that cannot be used.
+        ValueError: data, models, seeds or options that cannot be used, or training that diverges.
     """
     check_grid(models, seeds, lrs)
     census = load_census(data, split_seed, exclude)
+    check_folder(out)
     config = MultiTaskConfig(len(census.features), len(census.tasks), d_expert=d_expert)
     rows = {name: len(getattr(census, name)) for name in ("train", "valid", "test")}
     show(f"census: {rows}, {len(census.features)} features")
@@ -64,9 +68,10 @@ def run_census(
     }
     write(result, out / "census.json")
     plot_aucs({model: row["test_auc"] for model, row in results.items()}, census.tasks, out / "census_auc.png")
+    (out / "census_gates.png").unlink(missing_ok=True)  # of an earlier run, which may have had an MMoE
     if "mmoe" in results:
         gates = {f"seed {s}": g for s, g in zip(seeds, results["mmoe"]["utilization"], strict=True)}
-        plot_gates(dict(list(gates.items())[:5]), census.tasks, out / "census_gates.png")
+        plot_gates(gates, census.tasks, out / "census_gates.png")
     return result
 
 
@@ -114,16 +119,3 @@ def summary(fits: Sequence[Fit]) -> dict[str, Any]:
 def describe(done: Fit) -> str:
     aucs = ", ".join(f"{value:.4f}" for value in done.test_auc)
     return f"test AUC {aucs} (epoch {done.best_epochs} of {done.epochs}, {done.seconds:.0f} s)"
-
-
-def check_grid(models: Sequence[str], seeds: Sequence[int], lrs: Sequence[float]) -> None:
-    for model in models:
-        check_choice("model", model, BOTTOMS)
-    for name, values in (("models", models), ("seeds", seeds), ("lrs", lrs)):
-        if not values:
-            raise ValueError(f"{name} must have at least one value, got none")
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -92,7 +92,11 @@ class Curve:
 
 
 def fit_synthetic(problem: Problem, sharing: str, seed: int, lr: float, options: SyntheticOptions) -> Curve:
-    """Train a `MultiTask` by Adam on rows that are drawn anew for every step, the same for every `sharing`."""
+    """Train a `MultiTask` by Adam on rows that are drawn anew for every step, the same for every `sharing`.
+
+    Raises:
+        ValueError: a learning rate that is no number, or at which training diverges.
+    """
     check_number("lr", lr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(seed, "weights"))
@@ -109,6 +113,8 @@ def fit_synthetic(problem: Problem, sharing: str, seed: int, lr: float, options:
         if step % options.eval_every == 0 or step == options.steps:
             steps.append(step)
             losses.append(held_out_loss(model, held_out))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"{sharing} diverged by step {step} at lr {lr:g} with seed {seed}: give lower lrs")
     return Curve(steps, losses, sum(parameter.numel() for parameter in model.parameters()))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastmoe.models.mmoe import BOTTOMS, MultiTask, MultiTaskConfig, count_parameters, width_of
 
@@ -31,15 +32,34 @@ def test_shapes(sharing):
     assert model(torch.randn(5, 7)).shape == (5, 3)
 
 
-def test_mmoe_is_equations_5_and_6():
-    model = MultiTask(MultiTaskConfig(7, num_tasks=2, num_experts=3), "mmoe")
-    x_TD = torch.randn(5, 7)
-    level = model.bottom.levels[0]
-    experts_TEW = torch.stack([expert(x_TD) for expert in level.shared.modules_list], dim=1)
+def relu_layer(x_TD, weights, name):
+    return F.linear(x_TD, weights[f"{name}.weight"], weights[f"{name}.bias"]).relu()
+
+
+def mixture(x_TD, weights, level, task):
+    """Equation 6: what a gate makes of 3 experts."""
+    shared = f"{level}.shared.modules_list"
+    experts_TEW = torch.stack([relu_layer(x_TD, weights, f"{shared}.{e}.0") for e in range(3)], dim=1)
+    gate_TE = (x_TD @ weights[f"{level}.gates.{task}.weight"].T).softmax(1)
+    return (gate_TE.unsqueeze(2) * experts_TEW).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "bottom"),
+    [
+        ("mmoe", lambda x_TD, weights, task: mixture(x_TD, weights, "bottom.levels.0", task)),
+        ("omoe", lambda x_TD, weights, task: mixture(x_TD, weights, "bottom.mixture.levels.0", 0)),
+        ("shared_bottom", lambda x_TD, weights, task: relu_layer(x_TD, weights, "bottom.shared.0")),
+        ("single_task", lambda x_TD, weights, task: relu_layer(x_TD, weights, f"bottom.own.{task}.0")),
+    ],
+)
+def test_networks_are_the_paper_s_equations(sharing, bottom):
+    model = MultiTask(MultiTaskConfig(7, num_tasks=2, num_experts=3), sharing)
+    x_TD, weights = torch.randn(5, 7), model.state_dict()
     for k in range(2):
-        gate_TE = (x_TD @ level.gates[k].weight.T).softmax(1)
-        mixed_TW = (gate_TE.unsqueeze(2) * experts_TEW).sum(1)
-        torch.testing.assert_close(model(x_TD)[:, k], model.towers[k](mixed_TW)[:, 0])
+        hidden_TW = relu_layer(bottom(x_TD, weights, k), weights, f"towers.{k}.0")
+        want_T1 = F.linear(hidden_TW, weights[f"towers.{k}.2.weight"], weights[f"towers.{k}.2.bias"])
+        torch.testing.assert_close(model(x_TD)[:, k], want_T1[:, 0])
 
 
 @pytest.mark.parametrize("sharing", ["mmoe", "omoe", "shared_bottom"])

@@ -1,110 +1,174 @@
-"""The recipes: a few steps of each, the same numbers for the same seed, learning, and what they write."""
+"""The recipes: which rate is chosen and what is reported of it, what they write, and what they refuse before training.
+
+Training is scripted here, but for a few steps of each command; test_tabular_fit.py and test_tabular_synthetic.py have
+the training itself.
+"""
 
 import json
 
 import pytest
-import torch
-from census_rows import rows, write
 
 pytest.importorskip("polars")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tyro")
+pytest.importorskip("rich")
 
-from fastmoe.models.mmoe import BOTTOMS, MultiTaskConfig
-from fastmoe.tabular.command import main
+from census_rows import rows, write
+
+from fastmoe.tabular import correlation, recipes
+from fastmoe.tabular.command import census_table, main, synthetic_table
+from fastmoe.tabular.correlation import run_synthetic
 from fastmoe.tabular.features import load_census
-from fastmoe.tabular.fit import FitOptions, batches_of_epochs, fit, task_losses
+from fastmoe.tabular.fit import Fit, FitOptions
 from fastmoe.tabular.recipes import run_census
-from fastmoe.tabular.synthetic import SyntheticOptions, fit_synthetic, make_problem
+from fastmoe.tabular.synthetic import Curve, SyntheticOptions
 
-SHORT = FitOptions(batch_size=64, max_steps=20)
+SMALL_CENSUS = ["--seeds", "1", "--lrs", "0.001", "--d-expert", "4", "--max-steps", "2"]
+SMALL_SYNTHETIC = ["--seeds", "1", "--lrs", "0.001", "--steps", "2", "--eval-rows", "64", "--d-in", "10"]
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("census") / "census-income.test", rows(1000))
+    return write(tmp_path_factory.mktemp("census") / "census-income.test", rows(300))
 
 
-@pytest.fixture(scope="module")
-def census(file):
-    return load_census([file])
+@pytest.fixture
+def fits(monkeypatch):
+    """Scripts `fit`, and keeps what it was called with. Validation is best at the rate 0.2, the test at 0.1, the mean
+    of both tasks' validation at another than either task's."""
+    calls = []
+    valid = {0.1: [0.5, 0.8], 0.2: [0.7, 0.7], 0.4: [0.75, 0.5]}
+
+    def scripted(census, config, sharing, seed, lr, options):
+        calls.append({"config": config, "sharing": sharing, "seed": seed, "lr": lr, "options": options})
+        test = [0.9 - lr + seed / 100, 0.8 - lr + seed / 50]
+        gates = [[lr, 1 - lr], [seed, 1 - seed]] if sharing == "mmoe" else None
+        return Fit([value + seed / 10 for value in valid[lr]], test, [2 + seed, 3], 7, 99, 1.23, gates)
+
+    monkeypatch.setattr(recipes, "fit", scripted)
+    return calls
 
 
-@pytest.mark.parametrize("sharing", BOTTOMS)
-def test_twenty_steps_of_each_are_the_same_for_the_same_seed(census, sharing):
-    config = MultiTaskConfig(len(census.features), d_expert=4)
-    before = torch.get_rng_state()
-    first, again, other = (fit(census, config, sharing, seed, 1e-3, SHORT) for seed in (0, 0, 1))
-    assert (first.test_auc, first.valid_auc) == (again.test_auc, again.valid_auc)
-    assert first.test_auc != other.test_auc
-    assert torch.equal(torch.get_rng_state(), before)
+def test_the_rate_is_chosen_by_validation_and_reported_by_the_test(file, tmp_path, fits):
+    result = run_census([file], [0, 1], tmp_path, models=["mmoe", "shared_bottom"], lrs=[0.1, 0.2, 0.4], show=str)
+    for row in result["models"].values():
+        assert row["lr"] == 0.2
+        assert row["valid_auc_mean"] == pytest.approx((0.7 + 0.7 + 0.8 + 0.8) / 4)
+        assert row["test_auc"] == [pytest.approx([0.7, 0.6]), pytest.approx([0.71, 0.62])]
+        assert row["test_auc_mean"] == pytest.approx([0.705, 0.61])
+        assert row["test_auc_std"] == pytest.approx([0.01 / 2**0.5, 0.02 / 2**0.5])
+        assert row["best_epochs"] == [[2, 3], [3, 3]]
+        assert list(row["lrs"]) == ["0.1", "0.2", "0.4"]
+        assert row["lrs"]["0.1"]["test_auc_mean"] == pytest.approx([0.805, 0.71])
+        assert row["lrs"]["0.1"]["valid_auc_mean"] == pytest.approx(0.7)
+    assert result["models"]["mmoe"]["utilization"] == [[[0.2, 0.8], [0, 1]], [[0.2, 0.8], [1, 0]]]
+    assert result["models"]["shared_bottom"]["utilization"] is None
+    assert json.loads((tmp_path / "census.json").read_text()) == json.loads(json.dumps(result))
 
 
-@pytest.mark.parametrize("sharing", BOTTOMS)
-def test_learns(census, sharing):
-    config = MultiTaskConfig(len(census.features), d_expert=4)
-    done = fit(census, config, sharing, 0, 1e-2, FitOptions(batch_size=64, max_epochs=8))
-    income, single = done.test_auc
-    assert income > 0.6
-    assert single > 0.99
+def test_every_model_is_trained_with_every_rate_and_seed_as_asked(file, tmp_path, fits, monkeypatch):
+    loads = []
+    monkeypatch.setattr(recipes, "load_census", lambda *args: loads.append(args) or load_census(*args))
+    options = FitOptions(batch_size=7)
+    result = run_census(
+        [file], [3, 4], tmp_path, lrs=[0.1, 0.2], d_expert=5, options=options, split_seed=6, exclude=["age"], show=str
+    )
+    models = ["mmoe", "shared_bottom", "single_task"]
+    got = [(call["sharing"], call["lr"], call["seed"]) for call in fits]
+    assert got == [(model, lr, seed) for model in models for lr in (0.1, 0.2) for seed in (3, 4)]
+    assert {call["config"].d_expert for call in fits} == {5}
+    assert all(call["options"] is options for call in fits)
+    assert loads == [([file], 6, ["age"])]
+    assert result["data"]["split_seed"] == 6
+    assert result["data"]["exclude"] == ["age"]
+    assert result["options"]["lrs"] == [0.1, 0.2]
+    assert result["seeds"] == [3, 4]
 
 
-def test_the_first_steps_follow_the_sum_of_cross_entropies(census):
-    logits_TK, y_TK = torch.randn(5, 2), torch.randint(2, (5, 2)).float()
-    p_TK = logits_TK.sigmoid()
-    want_K = -(y_TK * p_TK.log() + (1 - y_TK) * (1 - p_TK).log()).mean(0)
-    torch.testing.assert_close(task_losses(logits_TK, y_TK), want_K)
+def test_what_the_census_figures_show(file, tmp_path, fits, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(recipes, "plot_aucs", lambda aucs, tasks, path: shown.update(aucs=aucs))
+    monkeypatch.setattr(recipes, "plot_gates", lambda gates, tasks, path: shown.update(gates=gates))
+    result = run_census([file], range(7), tmp_path, lrs=[0.2], show=str)["models"]
+    assert shown["aucs"] == {model: row["test_auc"] for model, row in result.items()}
+    assert shown["gates"] == {f"seed {seed}": [[0.2, 0.8], [seed, 1 - seed]] for seed in range(7)}
 
 
-def test_stops_when_validation_does_not_rise(census):
-    config = MultiTaskConfig(len(census.features), d_expert=4)
-    done = fit(census, config, "mmoe", 0, 0.0, FitOptions(max_epochs=50, patience=3))
-    assert (done.epochs, done.best_epochs) == (4, [1, 1])
+def test_gates_of_an_earlier_run_do_not_stay(file, tmp_path, fits):
+    run_census([file], [0], tmp_path, lrs=[0.1], show=str)
+    assert (tmp_path / "census_gates.png").exists()
+    run_census([file], [0], tmp_path, models=["shared_bottom"], lrs=[0.1], show=str)
+    assert {path.name for path in tmp_path.iterdir()} == {"census.json", "census_auc.png"}
 
 
-def test_every_row_is_in_every_epoch_once():
-    first, second = batches_of_epochs(600, 0, FitOptions(max_epochs=2))
-    assert [len(batch) for batch in first] == [512, 88]
-    assert not torch.equal(torch.cat(first), torch.cat(second))
-    for batches in (first, second):
-        assert torch.cat(batches).sort().values.tolist() == list(range(600))
+def cells(table):
+    return [list(column.cells) for column in table.columns]
 
 
-def test_max_steps_is_kept():
-    options = FitOptions(batch_size=100, max_steps=8)
-    assert [len(batches) for batches in batches_of_epochs(600, 0, options)] == [6, 2]
+def test_the_census_table_has_test_aucs(file, tmp_path, fits):
+    result = run_census([file], [0, 1], tmp_path, models=["mmoe"], lrs=[0.1, 0.2], show=str)
+    assert cells(census_table(result)) == [["MMoE"], ["99"], ["0.2"], ["0.7050 ± 0.0071"], ["0.6100 ± 0.0141"]]
 
 
-def test_utilization_is_a_share_of_experts(census):
-    done = fit(census, MultiTaskConfig(len(census.features), d_expert=4), "mmoe", 0, 1e-3, SHORT)
-    assert torch.tensor(done.utilization).sum(1).tolist() == pytest.approx([1, 1], abs=1e-4)
+@pytest.fixture
+def curves(monkeypatch):
+    """Scripts `fit_synthetic`: the rate 0.1 is best at first and for seed 0, 0.2 at the end in the mean."""
+    calls = []
+
+    def scripted(problem, sharing, seed, lr, options):
+        calls.append((problem, sharing, seed, lr, options))
+        last = {0.1: [1.0, 4.0], 0.2: [2.0, 1.0]}[lr][seed]
+        return Curve([0, 5], [9.0 + lr, last], 77)
+
+    monkeypatch.setattr(correlation, "fit_synthetic", scripted)
+    return calls
+
+
+def test_the_synthetic_rate_is_chosen_by_the_mean_of_the_last_losses(tmp_path, curves):
+    result = run_synthetic([0.5, 1.0], [0, 1], tmp_path, models=["mmoe"], lrs=[0.1, 0.2], show=str)
+    for models in result["correlations"].values():
+        row = {"lr": 0.2, "losses": [[9.2, 2.0], [9.2, 1.0]], "lrs": {"0.1": 2.5, "0.2": 1.5}}
+        assert models == {"mmoe": row}
+    assert cells(synthetic_table(result)) == [["MMoE"], ["77"], ["1.5000 ± 0.7071"], ["1.5000 ± 0.7071"]]
+    assert json.loads((tmp_path / "synthetic.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_every_seed_has_a_problem_which_all_models_and_rates_share(tmp_path, curves):
+    options = SyntheticOptions(d_in=10)
+    run_synthetic([0.5], [0, 1], tmp_path, models=["mmoe", "omoe"], lrs=[0.1, 0.2], options=options, show=str)
+    got = [(sharing, lr, seed) for _, sharing, seed, lr, _ in curves]
+    assert got == [(model, lr, seed) for model in ("mmoe", "omoe") for lr in (0.1, 0.2) for seed in (0, 1)]
+    first, second = (problem for problem, *_ in curves[:2])
+    assert (first.w_KD != second.w_KD).any()
+    assert all(problem is (first, second)[seed] for problem, _, seed, _, _ in curves)
+    assert all(given is options for *_, given in curves)
 
 
 def test_census_command(file, tmp_path, capsys):
-    small = ["--seeds", "2", "--d-expert", "4", "--max-steps", "20", "--batch-size", "64"]
-    assert main(["mmoe-census", "--data", str(file), "--out", str(tmp_path / "out"), *small]) == 0
+    assert main(["mmoe-census", "--data", str(file), "--out", str(tmp_path / "out"), *SMALL_CENSUS]) == 0
     result = json.loads((tmp_path / "out" / "census.json").read_text())
     assert list(result["models"]) == ["mmoe", "shared_bottom", "single_task"]
-    for row in result["models"].values():
-        assert len(row["test_auc"]) == len(row["valid_auc"]) == 2
-        assert list(row["lrs"]) == ["0.00025", "0.0005", "0.001", "0.002"]
-        chosen = row["lrs"][f"{row['lr']:g}"]
-        assert chosen["test_auc_mean"] == row["test_auc_mean"]
-        assert chosen["valid_auc_mean"] == max(rate["valid_auc_mean"] for rate in row["lrs"].values())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"census.json", "census_auc.png", "census_gates.png"}
     assert "shared bottom" in capsys.readouterr().out
 
 
-def test_synthetic_command(tmp_path, capsys):
-    small = ["--seeds", "2", "--steps", "20", "--eval-every", "10", "--eval-rows", "64", "--d-in", "10"]
-    assert main(["mmoe-synthetic", "--out", str(tmp_path), *small]) == 0
+def test_synthetic_command(tmp_path):
+    assert main(["mmoe-synthetic", "--out", str(tmp_path), *SMALL_SYNTHETIC]) == 0
     result = json.loads((tmp_path / "synthetic.json").read_text())
-    assert result["steps"] == [0, 10, 20]
+    assert result["steps"] == [0, 2]
     assert list(result["correlations"]) == ["0.5", "0.9", "1"]
-    for row in (row for models in result["correlations"].values() for row in models.values()):
-        assert [len(losses) for losses in row["losses"]] == [3, 3]
-        assert list(row["lrs"]) == ["0.001", "0.01"]
-        last = sum(losses[-1] for losses in row["losses"]) / 2
-        assert row["lrs"][f"{row['lr']:g}"] == pytest.approx(last) == pytest.approx(min(row["lrs"].values()))
     assert (tmp_path / "synthetic.png").exists()
+
+
+def refused(arguments, capsys):
+    """What the command says when it ends with 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:  # a value that the parser refuses
+        status = stopped.code
+    assert status == 2
+    captured = capsys.readouterr()
+    return " ".join((captured.err + captured.out).replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -112,6 +176,8 @@ def test_synthetic_command(tmp_path, capsys):
     [
         (["mmoe-cencus"], "unknown recipe 'mmoe-cencus'. Did you mean 'mmoe-census'"),
         (["mmoe-census", "--data", "nothing.gz"], "no such file: nothing.gz"),
+        (["mmoe-census", "--data", "."], ". is a folder: give a file"),
+        (["mmoe-census", "--data", "x", "--exclude", "agee"], "unknown column 'agee'. Did you mean 'age'"),
         (["mmoe-synthetic", "--correlations", "1.5"], "correlation must be between -1 and 1, got 1.5"),
         (["mmoe-synthetic", "--models", "mmo"], "unknown model 'mmo'. Did you mean 'mmoe'"),
         (["mmoe-synthetic", "--seeds", "0"], "seeds must have at least one value, got none"),
@@ -120,49 +186,46 @@ def test_synthetic_command(tmp_path, capsys):
     ],
 )
 def test_what_a_command_cannot_use(arguments, message, capsys):
-    try:
-        status = main(arguments)
-    except SystemExit as stopped:  # a value that the parser refuses
-        status = stopped.code
-    assert status == 2
-    captured = capsys.readouterr()
-    assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lrs", "0.001", "0.001"], "lrs must differ from each other (in their first 6 digits), got 0.001, 0.001"),
+        (["--lrs", "0.001", "0.0010000001"], "lrs must differ"),
+        (["--models", "mmoe", "mmoe"], "models must differ from each other (in their first 6 digits), got mmoe, mmoe"),
+        (["--lrs", "0.001", "-1"], "lrs must be a finite number >= 0, got -1.0"),
+        (["--lrs", "0.001", "nan"], "lrs must be a finite number >= 0, got nan"),
+        (["--out", "/dev/null/out"], "out must be a folder that can be written, got /dev/null/out: Not a directory"),
+        (["--out", "/dev/null"], "out must be a folder that can be written, got /dev/null: File exists"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["mmoe-census", "mmoe-synthetic"])
+def test_what_is_refused_before_training(recipe, options, message, file, tmp_path, capsys, fits, curves):
+    given = ["--data", str(file)] if recipe == "mmoe-census" else []
+    out = [] if "--out" in options else ["--out", str(tmp_path)]
+    assert message in refused([recipe, *given, *out, *options], capsys)
+    assert not fits
+    assert not curves
+    assert not list(tmp_path.iterdir())
+
+
+def test_correlations_must_differ(tmp_path, capsys, curves):
+    message = refused(["mmoe-synthetic", "--out", str(tmp_path), "--correlations", "0.9", "0.9"], capsys)
+    assert "correlations must differ from each other" in message
+    assert not curves
+
+
+@pytest.mark.parametrize("recipe", ["mmoe-census", "mmoe-synthetic"])
+def test_a_rate_that_diverges_is_an_error(recipe, file, tmp_path, capsys):
+    data, small = (["--data", str(file)], SMALL_CENSUS) if recipe == "mmoe-census" else ([], SMALL_SYNTHETIC)
+    message = refused([recipe, *data, "--out", str(tmp_path), *small, "--lrs", "1e38"], capsys)
+    assert "mmoe diverged" in message
+    assert "at lr 1e+38 with seed 0: give lower lrs" in message
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_no_learning_rate(file):
     with pytest.raises(ValueError, match="lrs must have at least one value, got none"):
         run_census([file], lrs=[])
-
-
-@pytest.mark.parametrize("correlation", [-0.3, 0.5, 1.0])
-def test_a_problem_is_the_paper_s_formula(correlation):
-    problem = make_problem(correlation, 0, SyntheticOptions(d_in=20, scale=2.0))
-    w1_D, w2_D = problem.w_KD
-    assert w1_D.norm().item() == pytest.approx(2)
-    assert w2_D.norm().item() == pytest.approx(2)
-    assert (w1_D @ w2_D).item() / 4 == pytest.approx(correlation, abs=1e-6)
-    x_TD, y_TK = problem.draw(4000, torch.Generator().manual_seed(0))
-    for k in range(2):
-        z_T = x_TD @ problem.w_KD[k]
-        waves = [torch.sin(alpha * z_T + beta) for alpha, beta in zip(problem.alpha_M, problem.beta_M, strict=True)]
-        noise_T = y_TK[:, k] - z_T - sum(waves)
-        assert noise_T.var().item() == pytest.approx(0.01, rel=0.1)
-
-
-def test_labels_correlate_more_as_tasks_do():
-    measured = []
-    for correlation in (0.0, 0.5, 0.9, 1.0):
-        _, y_TK = make_problem(correlation, 0, SyntheticOptions()).draw(20000, torch.Generator().manual_seed(0))
-        measured.append(torch.corrcoef(y_TK.T)[0, 1].item())
-    assert measured == sorted(measured)
-    assert abs(measured[0]) < 0.05
-    assert measured[-1] > 0.95
-
-
-@pytest.mark.parametrize("sharing", BOTTOMS)
-def test_synthetic_training_lowers_the_loss_and_repeats(sharing):
-    options = SyntheticOptions(d_in=10, steps=60, eval_every=30, eval_rows=256)
-    problem = make_problem(0.9, 0, options)
-    first, again = (fit_synthetic(problem, sharing, 0, 1e-2, options) for _ in range(2))
-    assert first == again
-    assert first.losses[-1] < 0.5 * first.losses[0]
