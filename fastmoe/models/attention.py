@@ -6,32 +6,15 @@ values, d width of a head.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class AttentionConfig(Protocol):
-    """What the attention takes from a model's config."""
-
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def n_kv_head(self) -> int | None: ...
-    @property
-    def d_head(self) -> int | None: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def bias(self) -> bool: ...
-    @property
-    def positions(self) -> str: ...
-    @property
-    def rotary_base(self) -> float: ...
+if TYPE_CHECKING:
+    from fastmoe.models.gpt import GPTConfig
 
 
 class LayerCache:
@@ -54,10 +37,25 @@ class LayerCache:
         return keys_BgSd, values_BgSd
 
 
+def cached_length(caches: Sequence[LayerCache], layers: int, B: int) -> int:
+    """How many positions the caches of a model's blocks hold.
+
+    Raises:
+        ValueError: not one for each block; not all equally long, or of other than B sequences.
+    """
+    held = {(B if cache.keys is None else cache.keys.shape[0], cache.length) for cache in caches}
+    if len(caches) != layers or held != {(B, caches[0].length)}:
+        raise ValueError(
+            f"caches must be {layers}, one for each block, equally long and of B={B} sequences; "
+            f"got {len(caches)} with (sequences, length) {sorted(held)}"
+        )
+    return caches[0].length
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: AttentionConfig) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        d = config.d_model // config.n_head if config.d_head is None else config.d_head
+        d = config.head_width
         self.n_head = config.n_head
         self.n_kv_head = config.n_head if config.n_kv_head is None else config.n_kv_head
         self.dropout = config.dropout
@@ -97,8 +95,9 @@ def rotate(x_BhSd: Tensor, first: int, base: float) -> Tensor:
     Each pair, of a feature and the one half a head further, is turned by an angle that grows with the position.
     """
     S, d = x_BhSd.shape[-2:]
-    positions_S = torch.arange(first, first + S, device=x_BhSd.device, dtype=torch.float32)
-    frequencies = base ** (-torch.arange(0, d, 2, device=x_BhSd.device, dtype=torch.float32) / d)
+    dtype = torch.promote_types(x_BhSd.dtype, torch.float32)
+    positions_S = torch.arange(first, first + S, device=x_BhSd.device, dtype=dtype)
+    frequencies = base ** (-torch.arange(0, d, 2, device=x_BhSd.device, dtype=dtype) / d)
     angles = positions_S[:, None] * frequencies
     cos, sin = angles.cos().to(x_BhSd.dtype), angles.sin().to(x_BhSd.dtype)
     a, b = x_BhSd.chunk(2, dim=-1)

@@ -1,25 +1,24 @@
-"""What the language models share: their option for experts, their feed-forward block, their initial weights, one step.
+"""What the language models share: their option for experts, their feed-forward block, one step, evaluation mode.
 
-Every language model here is called `model(tokens_BS, targets_BS=None, state=None)`; `state` is what it remembers of
-earlier segments: None, or a tensor with the sequences in dimension 1. `language_model_step` is the one way to call all
-of them.
+`model(tokens_BS, targets_BS)` calls any of them. Those that remember earlier segments take a third argument, `state`:
+None, or the tensor that the call before returned last, with the sequences in dimension 1. `language_model_step` is the
+one way to call all of them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import fastmoe
-from fastmoe.experts import reset_where_possible
-
-RESIDUAL_OUTPUTS = ("c_proj.weight", "experts.w2")
+from fastmoe.models.checks import check_sizes
+from fastmoe.routers import get_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,10 @@ class ExpertOptions:
     moe_every: int = 1  # an MoE of every n-th block
     router: str = "topk"
     router_options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self, 0, "num_experts")
+        check_sizes(self, 1, "top_k", "expert_hidden", "moe_every")
 
 
 class FeedForward(nn.Module):
@@ -48,10 +51,13 @@ class FeedForward(nn.Module):
         return self.c_proj(self.hidden_dropout(self.act(self.c_fc(x_BSD))))
 
 
-def put_experts(blocks: Iterable[nn.Module], options: ExpertOptions, d_hidden: int) -> None:
+def put_experts(
+    model: nn.Module, blocks: Iterable[nn.Module], options: ExpertOptions, d_hidden: int, vocab_size: int
+) -> None:
     """Make an MoE layer of each block's `mlp`, of hidden width `d_hidden`, where the options ask for experts.
 
-    `fastmoe.moefy` does it for one; the others get a copy, as large blocks take it long to look at.
+    `fastmoe.moefy` does it for one; the others get a copy, as large blocks take it long to look at: `init_weights`,
+    which follows, makes them differ. A router that goes by token ids gets those of the model's `token_embedding`.
     """
     if not options.num_experts:
         return
@@ -60,6 +66,7 @@ def put_experts(blocks: Iterable[nn.Module], options: ExpertOptions, d_hidden: i
         raise ValueError(f"moe_every={options.moe_every} chooses none of the model's blocks")
     if options.expert_hidden is None and d_hidden % options.top_k:
         raise ValueError(f"d_hidden={d_hidden} does not divide by top_k={options.top_k}: give expert_hidden")
+    by_ids = get_router(options.router).needs_token_ids
     moe = fastmoe.moefy(
         chosen[0].get_submodule("mlp"),
         options.num_experts,
@@ -67,35 +74,12 @@ def put_experts(blocks: Iterable[nn.Module], options: ExpertOptions, d_hidden: i
         init="random",
         d_hidden=d_hidden // options.top_k if options.expert_hidden is None else options.expert_hidden,
         router=options.router,
-        router_options=options.router_options,
+        router_options=({"vocab_size": vocab_size} if by_ids else {}) | (options.router_options or {}),
     )
     for number, block in enumerate(chosen):
         block.mlp = copy.deepcopy(moe) if number else moe
-        reset_where_possible(block.mlp.router)
-
-
-@torch.no_grad()
-def draw_weights(model: nn.Module, std: float, residual_std: float, skip: Callable[[str], bool] | None = None) -> None:
-    """Draw every matrix from N(0, std), what writes into the residual stream from N(0, residual_std); biases are 0.
-
-    It goes by parameter names, experts included. Norms, names that `skip` holds for, and routers with a start of their
-    own keep their values.
-    """
-    kept = {
-        id(parameter): parameter.clone()
-        for layer in fastmoe.moe_layers(model).values()
-        if getattr(layer.router, "own_init", False)
-        for parameter in layer.router.parameters()
-    }
-    for name, parameter in model.named_parameters():
-        if "norm" in name or (skip is not None and skip(name)):
-            continue
-        if name.endswith(("bias", "experts.b1", "experts.b2")):
-            parameter.zero_()
-        else:
-            parameter.normal_(std=residual_std if name.endswith(RESIDUAL_OUTPUTS) else std)
-        if id(parameter) in kept:
-            parameter.copy_(kept[id(parameter)])
+    if by_ids:
+        fastmoe.feed_token_ids(model, "token_embedding")
 
 
 def tokens_go_alone(model: nn.Module) -> bool:
@@ -104,6 +88,18 @@ def tokens_go_alone(model: nn.Module) -> bool:
     factors = [getattr(router, "eval_capacity_factor", None) for router in routers]
     unlimited = all(factor is None or math.isinf(factor) for factor in factors)
     return unlimited and all(getattr(router, "causal", True) for router in routers)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()`; afterwards each module is in its own mode again, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def language_model_step(

@@ -11,16 +11,21 @@ so that `fastmoe.moefy(GPT(config), num_experts=8)` is all it takes to make it a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastmoe._errors import check_choice
-from fastmoe.models.attention import CausalSelfAttention, LayerCache
-from fastmoe.models.common import ExpertOptions, draw_weights, put_experts, tokens_go_alone
+from fastmoe._errors import check_choice, check_int, check_number
+from fastmoe.models.attention import CausalSelfAttention, LayerCache, cached_length
+from fastmoe.models.checks import check_dropouts, check_sizes, check_tokens
+from fastmoe.models.common import ExpertOptions, evaluation_mode, put_experts, tokens_go_alone
+from fastmoe.models.sampling import sample
+from fastmoe.models.vocabulary import cross_entropy
+from fastmoe.models.weights import accept_one_matrix, draw_weights, tie
 
 INIT_STD = 0.02
 
@@ -41,12 +46,20 @@ class GPTConfig(ExpertOptions):
     rotary_base: float = 10000.0
     norm: str = "layer"  # or "rms"
     tied: bool = True  # one matrix for the embedding and the head
-    recompute: bool = False  # in the backward pass, the inside of every block: less memory, more time
+    # In the backward pass, compute the inside of every block again: less memory, more time. With a router by token ids
+    # ("hash"), run it before the next forward pass: it takes the ids of the latest.
+    recompute: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(
+            self, 1, "vocab_size", "block_size", "n_layer", "n_head", "d_model", "d_hidden", "n_kv_head", "d_head"
+        )
+        check_dropouts(self, "dropout")
+        check_number("rotary_base", self.rotary_base, 1)
         if self.d_head is None and self.d_model % self.n_head:
             raise ValueError(f"d_model must be a multiple of n_head; got d_model={self.d_model}, n_head={self.n_head}")
-        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head; got {self.n_kv_head}")
         check_choice("positions", self.positions, ("learned", "rotary"))
         check_choice("norm", self.norm, ("layer", "rms"))
@@ -102,28 +115,38 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        tie(self)
         if config.tied:
-            self.head.weight = self.token_embedding.weight
-        put_experts(self.blocks, config, config.hidden_width)
+            self.register_load_state_dict_pre_hook(accept_one_matrix)
+            self.register_load_state_dict_post_hook(tie)
+        put_experts(self, self.blocks, config, config.hidden_width, config.vocab_size)
         self.init_weights()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT:
+        """`Module.to`, `to_empty` and the like, which make two matrices of one where they make new ones."""
+        super()._apply(fn, recurse)
+        tie(self)
+        return self
 
     def init_weights(self) -> None:
         """Draw every matrix from N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(2 n_layer).
 
-        It goes by parameter names, experts included: called after `moefy`, it gives an MoE twin the same start.
+        Experts included: called after `moefy`, it gives an MoE twin the same start.
         """
         draw_weights(self, INIT_STD, INIT_STD / math.sqrt(2 * self.config.n_layer))
 
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, caches: list[LayerCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, S, V), and the mean cross entropy in nats where targets are given.
+        """Logits (B, S, V), and the mean cross entropy in nats where targets are given; targets of -100 do not count.
 
         With `caches`, one for each block, the tokens follow those that the caches have seen, and are added to them.
         """
-        M, S, limit = caches[0].length if caches else 0, tokens_BS.shape[1], self.config.block_size
-        if limit < M + S:
-            raise ValueError(f"expected at most block_size={limit} positions; got {M + S}")
+        tokens_BS, targets_BS = check_tokens(tokens_BS, targets_BS)
+        B, S = tokens_BS.shape
+        M = 0 if caches is None else cached_length(caches, len(self.blocks), B)
+        if self.config.block_size < M + S:
+            raise ValueError(f"expected at most block_size={self.config.block_size} positions; got {M + S}")
         x_BSD = self.token_embedding(tokens_BS)
         if self.config.positions == "learned":
             x_BSD = x_BSD + self.position_embedding(torch.arange(M, M + S, device=tokens_BS.device))
@@ -132,11 +155,9 @@ class GPT(nn.Module):
             if self.config.recompute and self.training and caches is None:
                 x_BSD = checkpoint(block, x_BSD, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, caches[layer] if caches else None)
+                x_BSD = block(x_BSD, None if caches is None else caches[layer])
         logits_BSV = self.head(self.final_norm(x_BSD))
-        if targets_BS is None:
-            return logits_BSV, None
-        return logits_BSV, F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+        return logits_BSV, None if targets_BS is None else cross_entropy(logits_BSV, targets_BS)
 
     @torch.no_grad()
     def generate(
@@ -154,26 +175,16 @@ class GPT(nn.Module):
         into `block_size`; past it the context's first token leaves with each step, and everything is computed anew.
         None uses it unless a router has a capacity or lets experts choose, which makes tokens depend on each other.
         """
-        was_training, limit = self.training, self.config.block_size
-        self.eval()
+        check_int("n", n, 0)
+        tokens_BS, _ = check_tokens(tokens_BS)
         use_cache = tokens_go_alone(self) if use_cache is None else use_cache
         caches = [LayerCache() for _ in self.blocks] if use_cache else None
-        for _ in range(n):
-            if tokens_BS.shape[1] > limit:
-                caches = None
-            seen = caches[0].length if caches else 0
-            logits_BSV, _ = self(tokens_BS[:, -limit:][:, seen:], caches=caches)
-            next_B1 = sample(logits_BSV[:, -1].float(), temperature, top_k, generator)
-            tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)
-        self.train(was_training)
+        with evaluation_mode(self):
+            for _ in range(n):
+                past_the_block = max(0, tokens_BS.shape[1] - self.config.block_size)
+                caches = None if past_the_block else caches
+                start = past_the_block if caches is None else caches[0].length
+                logits_BSV, _ = self(tokens_BS[:, start:], caches=caches)
+                next_B1 = sample(logits_BSV[:, -1].float(), temperature, top_k, generator)
+                tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)
         return tokens_BS
-
-
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row, (B, 1), from the `top_k` likeliest ones (all where None)."""
-    if temperature == 0:
-        return logits_BV.argmax(dim=-1, keepdim=True)
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        lowest_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
-    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)

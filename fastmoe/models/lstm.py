@@ -3,8 +3,9 @@
     logits, loss, state = model(tokens_BS, targets_BS, state)
 
 as of the Transformer-XL: `state` is None at the start of a text, later `(2 * layers, B, D)` without gradient, hidden
-states first. With targets, `loss` is the mean cross entropy in nats and `logits` is None. Dense, with one feed-forward
-block in the MoE's place, or `LSTMConfig(num_experts=512, top_k=2)`, with noisy top-k gating and its two balance losses.
+states first. With targets, `loss` is the mean cross entropy in nats and `logits` is None; a target of -100 is not
+counted. Dense, with one feed-forward block in the MoE's place, or `LSTMConfig(num_experts=512, top_k=2)`, with noisy
+top-k gating and its two balance losses.
 
 The layers are those of appendix C.1: embedding, LSTM, MoE, LSTM, softmax, each output dropped out and added to the
 layer's input, the MoE's through a sigmoid first. As there, the model is 512 wide, and an expert is 512->1024->512 with
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastmoe.models.common import ExpertOptions, FeedForward, draw_weights, put_experts
-from fastmoe.models.vocabulary import tied_softmax
+from fastmoe.models.checks import check_dropouts, check_sizes, check_state, check_tokens
+from fastmoe.models.common import ExpertOptions, FeedForward, put_experts
+from fastmoe.models.vocabulary import check_cutoffs, tied_softmax
+from fastmoe.models.weights import draw_weights
 
 INIT_STD = 0.02
 
@@ -39,11 +42,10 @@ class LSTMConfig(ExpertOptions):
     router: str = "noisy_topk"
 
     def __post_init__(self) -> None:
-        if min(self.layers_before, self.layers_after) < 1:
-            raise ValueError(
-                "expected at least one LSTM layer on either side; "
-                f"got layers_before={self.layers_before}, layers_after={self.layers_after}"
-            )
+        super().__post_init__()
+        check_sizes(self, 1, "vocab_size", "d_model", "d_hidden", "layers_before", "layers_after")
+        check_dropouts(self, "dropout")
+        check_cutoffs(self.vocab_size, self.d_model, self.cutoffs, self.div_value)
 
 
 class LSTMLanguageModel(nn.Module):
@@ -57,20 +59,21 @@ class LSTMLanguageModel(nn.Module):
         )
         self.mlp = FeedForward(config.d_model, config.d_hidden, dropout=0.0)
         self.dropout = nn.Dropout(config.dropout)
-        put_experts([self], config, config.d_hidden)
+        put_experts(self, [self], config, config.d_hidden, config.vocab_size)
         self.init_weights()
 
     def init_weights(self) -> None:
         """Matrices from N(0, 0.02), but the LSTMs as torch starts them; noisy top-k gating starts at zero."""
         for lstm in self.lstms:
             lstm.reset_parameters()  # type: ignore[operator]
-        draw_weights(self, INIT_STD, INIT_STD, skip=lambda name: name.startswith("lstms."))
+        draw_weights(self, INIT_STD, INIT_STD)
 
     def forward(
         self, tokens_BS: Tensor, targets_BS: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        tokens_BS, targets_BS = check_tokens(tokens_BS, targets_BS)
         x_BSD = self.dropout(self.token_embedding(tokens_BS))
-        hidden, cells = self._check(state, x_BSD).chunk(2)
+        hidden, cells = self._start(state, x_BSD).chunk(2)
         after = []
         for layer, lstm in enumerate(self.lstms):
             if layer == self.config.layers_before:
@@ -84,10 +87,6 @@ class LSTMLanguageModel(nn.Module):
             return self.token_embedding.logits(x_BSD), None, new_state
         return None, self.token_embedding.loss(x_BSD, targets_BS), new_state
 
-    def _check(self, state: Tensor | None, x_BSD: Tensor) -> Tensor:
+    def _start(self, state: Tensor | None, x_BSD: Tensor) -> Tensor:
         shape = (2 * len(self.lstms), x_BSD.shape[0], x_BSD.shape[2])
-        if state is None:
-            return x_BSD.new_zeros(shape)
-        if state.shape != shape:
-            raise ValueError(f"state must be {shape}; got {tuple(state.shape)}")
-        return state.to(x_BSD.dtype)
+        return x_BSD.new_zeros(shape) if state is None else check_state("state", state, shape, x_BSD.dtype)

@@ -49,13 +49,15 @@ GSHARD_600B = GPTConfig(
     num_experts=2048, top_k=2, expert_hidden=8192, moe_every=2, router="gshard",
 )  # fmt: skip
 
+LARGEST = 100 * 10**9
+"""Parameters of what `build` makes on a device: 400 GB in float32."""
+
 
 @dataclass(frozen=True)
 class Named:
-    """A row. `meta_only`: no machine holds it."""
+    """A row of the table."""
 
     config: Config
-    meta_only: bool = False
 
 
 def with_experts(config: Config, num_experts: int) -> Named:
@@ -76,8 +78,8 @@ NAMED: dict[str, Named] = {
     "lstm-moe512": with_experts(LSTM_BASE, 512),
     "lstm-tiny": Named(LSTM_TINY),
     "lstm-tiny-moe": with_experts(LSTM_TINY, 16),
-    "switch-c": Named(SWITCH_C, meta_only=True),
-    "gshard-600b": Named(GSHARD_600B, meta_only=True),
+    "switch-c": Named(SWITCH_C),
+    "gshard-600b": Named(GSHARD_600B),
 }
 
 
@@ -111,14 +113,19 @@ def build(name: str, device: torch.device | str | None = None, **changes: Any) -
         changes: fields of the configuration, as in `named_config`.
 
     Raises:
-        ValueError: no such name or field; a model that no machine holds, on another device than "meta".
+        ValueError: no such name or field; more than `LARGEST` parameters, on another device than "meta".
     """
     config = named_config(name, **changes)
-    if (
-        NAMED[name].meta_only
-        and "num_experts" not in changes
-        and (device is None or torch.device(device).type != "meta")
-    ):
-        raise ValueError(f"{name!r} is there for its count: build it with device='meta', got {device!r}")
+    target = torch.get_default_device() if device is None else torch.device(device)
+    if target.type != "meta" and (size := count_parameters(config)) > LARGEST:
+        raise ValueError(
+            f"{name!r} with {size:,} parameters is there for its count, expected at most {LARGEST:,} on a device: "
+            f"build it with device='meta', got {device!r}"
+        )
     with on_device(device):
         return CLASSES[type(config)](config)
+
+
+def count_parameters(config: Config) -> int:
+    with on_device("meta"):
+        return sum(parameter.numel() for parameter in CLASSES[type(config)](config).parameters())

@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoe.models.common import ExpertOptions, FeedForward, draw_weights, put_experts
-from fastmoe.models.vocabulary import tied_softmax
+from fastmoe._errors import check_int
+from fastmoe.models.checks import check_dropouts, check_sizes, check_state, check_tokens
+from fastmoe.models.common import ExpertOptions, FeedForward, put_experts
+from fastmoe.models.vocabulary import check_cutoffs, tied_softmax
+from fastmoe.models.weights import draw_weights
 
 INIT_STD = 0.02
 
@@ -44,10 +47,13 @@ class TransformerXLConfig(ExpertOptions):
     div_value: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, 1, "vocab_size", "n_layer", "n_head", "d_model", "d_hidden")
+        check_sizes(self, 0, "memory_length", "clamp_distance")
+        check_dropouts(self, "dropout", "hidden_dropout", "attention_dropout")
+        check_cutoffs(self.vocab_size, self.d_model, self.cutoffs, self.div_value)
         if self.d_model % self.n_head or self.d_model % 2:
             raise ValueError(f"d_model must be even and a multiple of n_head={self.n_head}; got {self.d_model}")
-        if self.memory_length < 0:
-            raise ValueError(f"memory_length must be at least 0; got {self.memory_length}")
 
 
 class RelativeAttention(nn.Module):
@@ -124,7 +130,7 @@ class TransformerXL(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model) if config.pre_norm else nn.Identity()
-        put_experts(self.blocks, config, config.d_hidden)
+        put_experts(self, self.blocks, config, config.d_hidden, config.vocab_size)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -145,41 +151,42 @@ class TransformerXL(nn.Module):
         """Logits or the loss, and the memory for the next segment (section 3.2).
 
         Args:
-            tokens_BS, targets_BS: a segment, and the token after each of its tokens.
-            memory: of the segment before.
+            tokens_BS, targets_BS: a segment, and the token after each of its tokens; a target of -100 is not counted.
+            memory: of the segment before. All of it is attended to, also what is longer than `memory_length`, unless
+                `same_length`.
             memory_length: how much of the past to remember; that of the config if None.
             same_length: each position sees itself and the `memory_length` ones before it. Otherwise also the whole
                 segment before it, so that later positions see more. With it, results do not depend on how a text is
-                cut into segments.
+                cut into segments, unless a router compares tokens.
         """
-        length = self.config.memory_length if memory_length is None else memory_length
+        tokens_BS, targets_BS = check_tokens(tokens_BS, targets_BS)
+        length = self.config.memory_length if memory_length is None else check_int("memory_length", memory_length, 0)
         x_BSD = self.dropout(self.token_embedding(tokens_BS))
-        memory_NBMD = self._check(memory, x_BSD)
-        distance_SL = self._distances(tokens_BS.shape[1], memory_NBMD.shape[2], tokens_BS.device)
+        memory_NBMD = self._start(memory, x_BSD)
+        S, M = tokens_BS.shape[1], memory_NBMD.shape[2]
+        L = M + S
+        distance_SL = self._distances(S, M, tokens_BS.device)
         hidden_SL = (distance_SL < 0) | (distance_SL > length) if same_length else distance_SL < 0
-        positions_LD = self.dropout(self._positions(distance_SL[-1]).to(x_BSD.dtype))
+        farthest_first_L = torch.arange(L - 1, -1, -1, device=tokens_BS.device)
+        positions_LD = self.dropout(self._positions(farthest_first_L).to(x_BSD.dtype))
         remembered = []
         for block, memory_BMD in zip(self.blocks, memory_NBMD, strict=True):
-            remembered.append(
-                torch.cat([memory_BMD, x_BSD.detach()], dim=1)[:, max(0, distance_SL.shape[1] - length) :]
-            )
+            remembered.append(torch.cat([memory_BMD, x_BSD.detach()], dim=1)[:, max(0, L - length) :])
             x_BSD = block(x_BSD, memory_BMD, positions_LD, hidden_SL)
         x_BSD, new_memory = self.dropout(self.final_norm(x_BSD)), torch.stack(remembered)
         if targets_BS is None:
             return self.token_embedding.logits(x_BSD), None, new_memory
         return None, self.token_embedding.loss(x_BSD, targets_BS), new_memory
 
-    def _check(self, memory: Tensor | None, x_BSD: Tensor) -> Tensor:
-        B, _, D = x_BSD.shape
+    def _start(self, memory: Tensor | None, x_BSD: Tensor) -> Tensor:
+        (B, _, D), layers = x_BSD.shape, self.config.n_layer
         if memory is None:
-            return x_BSD.new_zeros(self.config.n_layer, B, 0, D)
-        if memory.dim() != 4 or (memory.shape[0], memory.shape[1], memory.shape[3]) != (self.config.n_layer, B, D):
-            raise ValueError(f"memory must be ({self.config.n_layer}, {B}, M, {D}); got {tuple(memory.shape)}")
-        return memory.to(x_BSD.dtype)
+            return x_BSD.new_zeros(layers, B, 0, D)
+        return check_state("memory", memory, (layers, B, "M", D), x_BSD.dtype)
 
     @staticmethod
     def _distances(S: int, M: int, device: torch.device) -> Tensor:
-        """How far key j is before query i; the last row is L - 1, ..., 0."""
+        """How far key j is before query i, (S, M + S); below 0 it comes after."""
         return M + torch.arange(S, device=device)[:, None] - torch.arange(M + S, device=device)
 
     def _positions(self, distance_L: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """The reference GPT."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from tiny_models import gpt, large
 
 import fastmoe
 from fastmoe.models import GPT, GPTConfig
@@ -60,6 +62,37 @@ def test_what_writes_into_the_residual_stream_starts_smaller(bias):
     assert block.attention.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
     if bias:
         assert not block.mlp.c_fc.bias.any()
+
+
+def test_the_feed_forward_block_and_norms_are_those_of_gpt_2():
+    block, x = (
+        GPT(GPTConfig(block_size=8, n_layer=1, n_head=2, d_model=8, bias=True)).double().blocks[0],
+        torch.randn(5, 8).double(),
+    )
+    for parameter in block.parameters():
+        parameter.data.normal_()
+    first, last = block.mlp.c_fc, block.mlp.c_proj
+    hidden = x @ first.weight.T + first.bias
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    torch.testing.assert_close(block.mlp(x), hidden @ last.weight.T + last.bias)
+    normal = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(block.mlp_norm(x), normal * block.mlp_norm.weight + block.mlp_norm.bias)
+
+
+def test_without_bias_nothing_has_one():
+    assert not [name for name, _ in GPT(TINY).named_parameters() if name.endswith("bias")]
+    biased = [name for name, _ in GPT(dataclasses.replace(TINY, bias=True)).named_parameters() if name.endswith("bias")]
+    assert len(biased) == 2 * 6 + 1
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    model, tokens = large(gpt(positions="rotary", n_layer=1)), random_tokens(1, 4) % 50
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def loss(*values):
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (tokens, tokens.flip(1)))[1]
+
+    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
 
 
 def test_generate_continues_past_the_block(model):

@@ -57,11 +57,13 @@ def test_the_cache_is_used_where_tokens_go_alone():
     assert widths(make(**EXPERTS)) == [3, 1, 1]
     assert widths(make(**EXPERTS, router="expert_choice")) == [3, 4, 5]
     assert widths(make(**EXPERTS, router_options={"capacity_factor": 1.0})) == [3, 4, 5]
+    unlimited = {"capacity_factor": 1.0, "eval_capacity_factor": math.inf}
+    assert widths(make(**EXPERTS, router_options=unlimited)) == [3, 1, 1]
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_grouped_queries_equal_heads_by_hand(positions):
-    config = GPTConfig(**TINY | {"n_kv_head": 2, "positions": positions})
+    config = GPTConfig(**TINY | {"n_kv_head": 2, "positions": positions, "rotary_base": 100.0})
     attention, x = CausalSelfAttention(config).double(), torch.randn(1, 5, 16, dtype=torch.float64)
     w_q, w_k, w_v = attention.qkv_proj.weight.split([16, 8, 8])
     outputs = []
@@ -69,20 +71,18 @@ def test_grouped_queries_equal_heads_by_hand(positions):
         own, shared = slice(4 * head, 4 * head + 4), slice(4 * (head // 2), 4 * (head // 2) + 4)
         q, k, v = x[0] @ w_q[own].T, x[0] @ w_k[shared].T, x[0] @ w_v[shared].T
         if positions == "rotary":
-            q, k = turned(q), turned(k)
+            q, k = turned(q, base=100.0), turned(k, base=100.0)
         scores = (q @ k.T / 2).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -math.inf)
         outputs.append(scores.softmax(-1) @ v)
     torch.testing.assert_close(attention(x)[0], torch.cat(outputs, dim=-1) @ attention.c_proj.weight.T)
 
 
-def turned(x_Sd):
+def turned(x_Sd, first=0, base=10000.0):
     """Pairs of features as complex numbers, multiplied by e^(i angle)."""
     half = x_Sd.shape[1] // 2
-    frequencies = torch.tensor([10000.0 ** (-n / half) for n in range(half)], dtype=torch.float32)
-    angles = torch.arange(len(x_Sd), dtype=torch.float32)[:, None] * frequencies
-    pairs = torch.complex(x_Sd[:, :half], x_Sd[:, half:]) * torch.polar(torch.ones_like(angles), angles).to(
-        torch.complex128
-    )
+    frequencies = torch.tensor([base ** (-n / half) for n in range(half)], dtype=torch.float64)
+    angles = (first + torch.arange(len(x_Sd), dtype=torch.float64))[:, None] * frequencies
+    pairs = torch.complex(x_Sd[:, :half], x_Sd[:, half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
@@ -90,6 +90,36 @@ def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 3, 8)
     scores = [rotate(q, start, 100.0) @ rotate(k, start, 100.0).mT for start in (0, 9)]
     torch.testing.assert_close(*scores)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-10), (torch.float32, 5e-3)])
+def test_far_positions_are_turned_as_exactly_as_the_dtype_allows(dtype, error):
+    x = torch.randn(3, 64, dtype=torch.float64)
+    found = rotate(x[None, None].to(dtype), 5000, 10000.0)[0, 0].double()
+    torch.testing.assert_close(found, turned(x, 5000), rtol=0, atol=error)
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [(False, 1), (True, 2)])
+def test_recomputing_runs_every_block_again_in_training_alone(recompute, forwards):
+    model, tokens, calls = GPT(GPTConfig(**TINY, recompute=recompute)), random_tokens(2, 12), []
+    for number, block in enumerate(model.blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    model(tokens, tokens)[1].backward()
+    assert sorted(calls) == sorted([0, 1] * forwards)
+    calls.clear()
+    model.eval()(tokens, tokens)[1].backward()
+    assert calls == [0, 1]
+
+
+def test_recomputing_drops_the_same_out_again():
+    tokens, gradients = random_tokens(2, 12), []
+    for recompute in (False, True):
+        model = make(dropout=0.5, recompute=recompute).train()
+        torch.manual_seed(1)
+        model(tokens, tokens.flip(0))[1].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("form", [{}, MODERN | EXPERTS], ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastmoe
-from fastmoe.models import NAMED, build, language_model_step, named_config
+from fastmoe.models import NAMED, TransformerXL, build, language_model_step, named_config
 
 TWINS = [("txl-enwik8-base", "-moe64"), ("gpt-small", "-moe96"), ("txl-tiny", "-moe"), ("gpt-tiny", "-moe"),
          ("lstm-tiny", "-moe")]  # fmt: skip
@@ -17,6 +17,45 @@ def counted(name, **changes):
 def router_parameters(name):
     layers = fastmoe.moe_layers(build(name, device="meta"))
     return sum(p.numel() for layer in layers.values() for p in layer.router.parameters())
+
+
+XL_BASE = {"n_layer": 12, "n_head": 8, "d_model": 512, "d_hidden": 2048, "memory_length": 512, "dropout": 0.1}
+GPT_SMALL = {
+    "vocab_size": 50257,
+    "block_size": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "d_model": 768,
+    "bias": True,
+    "d_hidden": None,
+}
+LSTM_BASE = {"d_model": 512, "d_hidden": 2048, "layers_before": 1, "layers_after": 1, "dropout": 0.1}
+PUBLISHED = {
+    "txl-enwik8-base": XL_BASE | {"num_experts": 0, "pre_norm": False, "attention_dropout": 0.0, "vocab_size": 256},
+    "txl-enwik8-base-moe64": XL_BASE | {"num_experts": 64, "top_k": 2, "router": "topk", "expert_hidden": None},
+    "gpt-small": GPT_SMALL | {"num_experts": 0, "positions": "learned", "norm": "layer", "tied": True},
+    "gpt-small-moe96": GPT_SMALL | {"num_experts": 96, "top_k": 2, "router": "topk", "expert_hidden": None},
+    "lstm-dense": LSTM_BASE | {"num_experts": 0},
+    "lstm-moe512": LSTM_BASE | {"num_experts": 512, "top_k": 2, "router": "noisy_topk", "expert_hidden": None},
+    "switch-c": {
+        "n_layer": 30, "d_model": 2080, "d_hidden": 6144, "n_head": 32, "d_head": 64, "vocab_size": 32128,
+        "num_experts": 2048, "top_k": 1, "moe_every": 1, "router": "switch", "norm": "rms",
+    },
+    "gshard-600b": {
+        "n_layer": 36, "d_model": 1024, "d_hidden": 8192, "n_head": 16, "d_head": 128, "vocab_size": 64000,
+        "num_experts": 2048, "top_k": 2, "expert_hidden": 8192, "moe_every": 2, "router": "gshard",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_the_published_ones(name):
+    config = NAMED[name].config
+    assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_all_that_is_not_tiny_is_published():
+    assert {name for name in NAMED if "tiny" not in name} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -85,6 +124,32 @@ def test_unknown_names_are_refused_with_the_nearest():
         build("gpt-smal")
     with pytest.raises(ValueError, match="Did you mean 'd_model'"):
         named_config("gpt-tiny", dmodel=3)
-    with pytest.raises(ValueError, match="device='meta', got None"):
-        build("switch-c")
     assert named_config("gpt-tiny", vocab_size=7).vocab_size == 7
+
+
+SMALL = {"vocab_size": 50, "n_layer": 1, "n_head": 2, "d_head": 4, "d_model": 8, "d_hidden": 16, "num_experts": 4}
+
+
+@pytest.mark.parametrize("name", ["switch-c", "gshard-600b"])
+def test_a_large_model_with_small_sizes_builds_and_one_of_its_own_size_does_not(name):
+    changes = SMALL | {"moe_every": 1, "expert_hidden": None}
+    assert build(name, **changes, device="cpu").token_embedding.weight.device.type == "cpu"
+    for still_large in ({}, {"num_experts": 2048}, {"n_layer": 20}):
+        with pytest.raises(ValueError, match="build it with device='meta', got 'cpu'"):
+            build(name, device="cpu", **still_large)
+
+
+def test_the_size_counts_whatever_the_name():
+    with pytest.raises(ValueError, match=r"at most 100,000,000,000 on a device.*got None"):
+        build("gpt-tiny", d_model=400_000)
+    with torch.device("meta"):
+        assert build("gpt-tiny", d_model=400_000).head.weight.is_meta
+
+
+def test_a_model_is_built_on_its_device_and_counting_it_draws_nothing():
+    torch.manual_seed(3)
+    model = build("txl-tiny-moe", device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    torch.manual_seed(3)
+    again = TransformerXL(named_config("txl-tiny-moe"))
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))

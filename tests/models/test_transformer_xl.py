@@ -165,11 +165,30 @@ def test_upcycling_keeps_the_outputs():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="multiple of n_head=3"):
-        TransformerXLConfig(n_head=3)
-    with pytest.raises(ValueError, match="at least 0; got -1"):
-        TransformerXLConfig(memory_length=-1)
-    with pytest.raises(ValueError, match=r"memory must be \(2, 3, M, 8\); got \(2, 2, 5, 8\)"):
-        make()(random_tokens(3, 4), None, make()(random_tokens(2, 5))[2])
     with pytest.raises(ValueError, match="top_k=3: give expert_hidden"):
         make(num_experts=4, top_k=3)
+    with pytest.raises(ValueError, match="moe_every=3 chooses none"):
+        make(num_experts=4, moe_every=3)
+
+
+def test_an_moe_stands_in_every_nth_block_counted_from_1():
+    model = make(**EXPERTS, n_layer=5, moe_every=2)
+    assert list(fastmoe.moe_layers(model)) == ["blocks.1.mlp", "blocks.3.mlp"]
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_what_comes_out_is_normal_before_the_softmax(pre_norm):
+    model = TransformerXL(TransformerXLConfig(**TINY, pre_norm=pre_norm)).double()
+    seen = []
+    model.token_embedding.logits = lambda x_BSD: seen.append(x_BSD)
+    model(random_tokens(2, 5))
+    torch.testing.assert_close(seen[0].mean(-1), torch.zeros(2, 5).double())
+    torch.testing.assert_close(seen[0].var(-1, correction=0), torch.ones(2, 5).double(), rtol=0.02, atol=0)
+
+
+def test_far_distances_are_as_exact_as_float64():
+    model = make()
+    found = model._positions(torch.tensor([5000]))[0]
+    angles = [5000 / 10000 ** (2 * n / 8) for n in range(4)]
+    expected = torch.tensor([f(a) for f in (math.sin, math.cos) for a in angles], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import MAKERS, large, random_tokens
 
 from fastmoe.models import TransformerXL, TransformerXLConfig, language_model_step
 from fastmoe.models.vocabulary import TiedAdaptive, TiedSoftmax
@@ -63,3 +64,40 @@ def test_it_trains_under_autocast(cutoffs):
     loss.backward()
     assert loss.dtype == memory.dtype == torch.float32
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_plain_embeddings_are_the_matrix_times_the_root_of_the_width():
+    layer, tokens = TiedSoftmax(20, 16), torch.arange(20)[None]
+    torch.testing.assert_close(layer(tokens)[0], 4 * layer.weight)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(
+    ("dtype", "expected", "rel"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-6),
+        (torch.bfloat16, torch.float32, 1e-6),
+        (torch.float16, torch.float32, 1e-6),
+    ],
+)
+def test_the_loss_is_exact_for_the_logits_whatever_the_dtype_of_the_weights(make, dtype, expected, rel):
+    model, tokens = large(make()).to(dtype), random_tokens(2, 5)
+    loss = model(tokens, tokens.flip(1))[1]
+    assert loss.dtype == expected
+    chosen = model(tokens)[0].double().log_softmax(-1).gather(2, tokens.flip(1)[..., None])
+    assert loss.item() == pytest.approx(-chosen.mean().item(), rel=rel)
+
+
+def test_adaptive_log_probabilities_are_float32_at_least():
+    layer, x = TiedAdaptive(20, 8, CUTOFFS, 2.0).bfloat16(), torch.randn(4, 5, 8, dtype=torch.bfloat16)
+    assert layer.logits(x).dtype == torch.float32
+    torch.testing.assert_close(layer.logits(x).exp().sum(-1), torch.ones(4, 5))
+
+
+def test_the_adaptive_loss_is_that_of_torch():
+    layer, x, targets = TiedAdaptive(20, 8, CUTOFFS, 2.0), torch.randn(4, 5, 8), torch.randint(6, (4, 5))
+    for targets_BS in (targets, targets + 6, targets + 14, targets * 3):  # the head alone; one cluster; the last; all
+        expected = layer.softmax(x.flatten(0, 1), targets_BS.flatten()).loss
+        torch.testing.assert_close(layer.loss(x, targets_BS), expected)
+        torch.testing.assert_close(layer.logits(x).flatten(0, 1), layer.softmax.log_prob(x.flatten(0, 1)))
