@@ -16,8 +16,9 @@ import fastmoe
 from fastmoe.bench.machine import machine
 from fastmoe.train import checkpoint
 from fastmoe.train.build import build_optimizer
-from fastmoe.train.compare import Side, read_run
+from fastmoe.train.compare import AXES, Side, as_json, check_same_evaluation
 from fastmoe.train.compare_plot import plot_sides
+from fastmoe.train.compare_runs import read_run
 from fastmoe.train.config import OptimConfig, RunConfig, TrainConfig
 from fastmoe.train.corpus import load_corpus
 from fastmoe.train.models import train_flops_per_token
@@ -29,10 +30,14 @@ EXPERTS, STEPS, EVALUATIONS = 16, 1000, 10
 WAYS = {"gpt-tiny, trained on": None, "upcycled, top 1 of 16": 1, "upcycled, top 2 of 16": 2}
 
 
+def folder_of(dense: Path, top_k: int | None, out: Path) -> Path:
+    return out / f"upcycling-{top_k or 'dense'}-{dense.name.rpartition('-')[2]}"
+
+
 def go_on(dense: Path, top_k: int | None, out: Path) -> Path:
     """Train a finished dense run on, as it is or with experts; the run's folder, as `fastmoe train` leaves it."""
     torch.set_num_threads(1)
-    folder = out / f"upcycling-{top_k or 'dense'}-{dense.name.rpartition('-')[2]}"
+    folder = folder_of(dense, top_k, out)
     if (folder / "results.json").is_file():
         return folder
     trainer = start(dense, top_k)
@@ -85,23 +90,29 @@ def write(trainer: Trainer, folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(written))
 
 
+def check_dense(dense: Path, out: Path) -> None:
+    """Raises ValueError: there is no finished run to go on from, or it was gone on from with other data."""
+    if not (dense / "results.json").is_file() or not checkpoint.checkpoints(dense / "dense"):
+        raise ValueError(f"upcycling goes on from {dense}, which is no finished run: --only gpt upcycling trains it")
+    for folder in (folder_of(dense, top_k, out) for top_k in WAYS.values()):
+        if (folder / "results.json").is_file():
+            check_same_evaluation(read_run(folder), read_run(dense))
+
+
 def upcycling(dense_runs: list[Path], out: Path, picture: Path) -> dict:
     """Curves of all ways, means over the dense runs; losses by FLOPs after the dense run's."""
+    for dense in dense_runs:
+        check_dense(dense, out)
     todo = [(dense, top_k, out) for dense in dense_runs for top_k in WAYS.values()]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         folders = list(pool.map(go_on, *zip(*todo, strict=True)))
     sides = [Side(label, [read_run(each) for each in folders[i :: len(WAYS)]]) for i, label in enumerate(WAYS)]
     plot_sides(sides, picture, f"{sides[0].runs[0].details['corpus']['name']}; from gpt-tiny after its last step")
     target = sides[0].losses[-1]
+    reached = [{axis: side.reaches(target, axis) for axis in AXES} for side in sides]
     return {
-        side.name: {
-            **{axis: side.mean(axis) for axis in ("steps", "seconds", "flops")},
-            "losses": side.losses,
-            "spread": side.spread,
-            "reaches_the_dense_models_final_loss_after": {
-                axis: side.reaches(target, axis) for axis in ("steps", "seconds", "flops")
-            },
-            "figures": side.runs[0].details["figures"],
+        "sides": {
+            side.name: as_json(side) | {"reaches_the_dense_models_final_loss_after": where}
+            for side, where in zip(sides, reached, strict=True)
         }
-        for side in sides
     }

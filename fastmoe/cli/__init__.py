@@ -31,7 +31,7 @@ COMMANDS = {
         "draw two runs by steps, time and FLOPs",
         "fastmoe.train.compare_command",
         "train",
-        ("matplotlib", "rich"),
+        ("matplotlib", "numpy", "tyro"),
     ),
     "data": Command("fetch a data set: enwik8", "fastmoe.train.data_command", "train", ("rich",)),
     "bench": Command(

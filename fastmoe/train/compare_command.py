@@ -14,9 +14,10 @@ from fastmoe.train.compare_plot import plot_sides
 DESCRIPTION = """Draw the validation curves of two finished runs by steps, time and training FLOPs, and say when B
 reached A's final loss.
 
-A run is the --out folder of `fastmoe train` (of a run of two models: OUT/dense, OUT/moe). Several seeds of one side are
-a comma-separated list or a quoted pattern, 'runs/txl-seed*'; the curves then are means. Training FLOPs per token are
-6 * active parameters + 12 * layers * d_model * positions that a query sees on average."""
+A run is the --out folder of `fastmoe train` (of a run of two models: OUT/dense, OUT/moe). Several runs of one model
+that differ in their seed alone are one side: a comma-separated list or a quoted pattern, 'runs/txl-seed*', unless there
+is a folder of that very name; the curves then are means. All runs must be evaluated on the same bytes. Training FLOPs
+per token are 6 * active parameters + 12 * layers * d_model * positions that a query sees on average."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +47,7 @@ def write_comparison(a: Side, b: Side, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     details = a.runs[0].details
     plot_sides((a, b), out / "compare.png", f"{details['corpus']['name']}; {details['machine']['cpu']}")
-    (out / "compare.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (out / "compare.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [*told(a, b), f"written: {out / 'compare.png'}, {out / 'compare.json'}"]
 
 
@@ -60,9 +61,8 @@ def told(a: Side, b: Side) -> list[str]:
     steps = b.reaches(target)
     if steps is None:
         return [*lines, f"{b.name} did not reach {a.name}'s final loss"]
-    shares = []
-    for axis, name in (("steps", "steps"), ("seconds", "time"), ("flops", "FLOPs")):
-        share = ratio(b.reaches(target, axis), a.mean(axis)[-1])
-        if share is not None:
-            shares.append(f"{share:.0%} of its {name}")
-    return [*lines, f"{b.name} reached {a.name}'s final loss after {steps:,.0f} steps: {', '.join(shares)}"]
+    words = (("steps", "steps"), ("seconds", "time"), ("flops", "FLOPs"))
+    ratios = [(name, ratio(b.reaches(target, axis), a.mean(axis)[-1])) for axis, name in words]
+    shares = ", ".join(f"{share:.0%} of its {name}" for name, share in ratios if share is not None)
+    reached = f"{b.name} reached {a.name}'s final loss after {steps:,.0f} steps"
+    return [*lines, f"{reached}: {shares}" if shares else reached]
