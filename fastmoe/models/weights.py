@@ -20,8 +20,8 @@ BIASES = ("bias", "b1", "b2")
 def draw_weights(model: nn.Module, std: float, residual_std: float) -> None:
     """Draw every matrix from N(0, std), what writes into the residual stream from N(0, residual_std); biases are 0.
 
-    Experts included. Norms start at one; routers as they do themselves, though the matrix of one without a start of its
-    own (`own_init`) is drawn. An LSTM, and a vector of a module that is not known here, keep their values.
+    Experts included. Norms start at one; a router that has a start of its own (`own_init`) at that. An LSTM keeps its
+    values, and so does a vector of a module that is not known here.
     """
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")

@@ -164,3 +164,10 @@ def test_options_are_those_of_the_model():
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**TINY | options)
+
+
+@pytest.mark.parametrize("form", [{}, MODERN | EXPERTS], ids=str)
+def test_it_is_one_graph_to_compile(form):
+    model, tokens = make(**form), random_tokens(2, 12)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, tokens)[1], model(tokens, tokens)[1])

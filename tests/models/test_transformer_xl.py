@@ -192,3 +192,10 @@ def test_far_distances_are_as_exact_as_float64():
     angles = [5000 / 10000 ** (2 * n / 8) for n in range(4)]
     expected = torch.tensor([f(a) for f in (math.sin, math.cos) for a in angles], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", [{}, EXPERTS | {"pre_norm": True}], ids=str)
+def test_it_is_one_graph_to_compile(form):
+    model, tokens = make(**form), random_tokens(2, 5)
+    compiled, memory = torch.compile(model, backend="eager", fullgraph=True), model(tokens)[2]
+    torch.testing.assert_close(compiled(tokens, tokens, memory)[1], model(tokens, tokens, memory)[1])
