@@ -87,7 +87,7 @@ def _warn_of_the_future(model: nn.Module) -> None:
             warnings.warn(
                 f"{name}: what {type(layer.router).__name__} gives a token depends, with these options, on later ones "
                 "too: the model sees what it is to predict, and the result is not that of a language model",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 

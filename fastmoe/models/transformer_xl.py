@@ -66,8 +66,14 @@ class RelativeAttention(nn.Module):
         self.kv_proj = nn.Linear(D, 2 * D, bias=False)
         self.position_proj = nn.Linear(D, D, bias=False)
         self.c_proj = nn.Linear(D, D, bias=False)
-        self.u = nn.Parameter(torch.zeros(self.n_head, 1, D // self.n_head))
-        self.v = nn.Parameter(torch.zeros(self.n_head, 1, D // self.n_head))
+        self.u = nn.Parameter(torch.empty(self.n_head, 1, D // self.n_head))
+        self.v = nn.Parameter(torch.empty(self.n_head, 1, D // self.n_head))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Its own parameters, `u` and `v`, to zero."""
+        nn.init.zeros_(self.u)
+        nn.init.zeros_(self.v)
 
     def forward(self, x_BSD: Tensor, context_BLD: Tensor, positions_LD: Tensor, hidden_SL: Tensor) -> Tensor:
         """`positions_LD` are for the distances from L - 1 down to 0; where `hidden_SL`, a query does not see a key."""

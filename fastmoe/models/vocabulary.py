@@ -44,8 +44,14 @@ class TiedSoftmax(nn.Module):
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model).normal_())
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.bias = nn.Parameter(torch.empty(vocab_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `nn.Embedding` and a bias of zero."""
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         return F.embedding(tokens_BS, self.weight) * math.sqrt(self.weight.shape[1])

@@ -36,6 +36,14 @@ def test_named_models_start_from_the_meta_device_as_anew(name):
         assert got.std(correction=0).item() == pytest.approx(expected.std(correction=0).item(), rel=0.2), key
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_every_model_takes_memory_by_materialize(make):
+    with torch.device("meta"):
+        model = make(num_experts=4)
+    fastmoe.materialize(model, "cpu")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers_start_from_the_meta_device_as_anew(router):
     def make():
