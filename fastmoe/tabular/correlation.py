@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastmoe.tabular.grid import check_distinct, check_folder, check_grid, write
+from fastmoe.tabular.grid import Show, check_distinct, check_folder, check_grid, write
 from fastmoe.tabular.plots import LABELS, plot_curves
-from fastmoe.tabular.recipes import Show
 from fastmoe.tabular.synthetic import Curve, Problem, SyntheticOptions, fit_synthetic, make_problem
 
 

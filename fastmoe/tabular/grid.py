@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmoe._errors import check_choice, check_number
 from fastmoe.models.mmoe import BOTTOMS
+
+Show = Callable[[str], None]
+"""Takes a line about each fit."""
 
 
 def check_grid(models: Sequence[str], seeds: Sequence[int], lrs: Sequence[float]) -> None:
@@ -29,7 +32,7 @@ def check_distinct(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{name} must have at least one value, got none")
     printed = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     if len(set(printed)) < len(printed):
-        raise ValueError(f"{name} must differ from each other (in their first 6 digits), got {', '.join(printed)}")
+        raise ValueError(f"{name} must differ as they are printed here; got {', '.join(printed)}")
 
 
 def check_folder(out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,8 @@ from typing import Any
 from fastmoe.models.mmoe import MultiTaskConfig
 from fastmoe.tabular.features import Census, load_census
 from fastmoe.tabular.fit import Fit, FitOptions, fit
-from fastmoe.tabular.grid import check_folder, check_grid, write
+from fastmoe.tabular.grid import Show, check_folder, check_grid, write
 from fastmoe.tabular.plots import LABELS, plot_aucs, plot_gates
-
-Show = Callable[[str], None]
 
 
 def run_census(

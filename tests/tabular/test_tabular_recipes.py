@@ -192,9 +192,9 @@ def test_what_a_command_cannot_use(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lrs", "0.001", "0.001"], "lrs must differ from each other (in their first 6 digits), got 0.001, 0.001"),
-        (["--lrs", "0.001", "0.0010000001"], "lrs must differ"),
-        (["--models", "mmoe", "mmoe"], "models must differ from each other (in their first 6 digits), got mmoe, mmoe"),
+        (["--lrs", "0.001", "0.001"], "lrs must differ as they are printed here; got 0.001, 0.001"),
+        (["--lrs", "0.001", "0.0010000001"], "lrs must differ as they are printed here; got 0.001, 0.001"),
+        (["--models", "mmoe", "mmoe"], "models must differ as they are printed here; got mmoe, mmoe"),
         (["--lrs", "0.001", "-1"], "lrs must be a finite number >= 0, got -1.0"),
         (["--lrs", "0.001", "nan"], "lrs must be a finite number >= 0, got nan"),
         (["--out", "/dev/null/out"], "out must be a folder that can be written, got /dev/null/out: Not a directory"),
@@ -213,7 +213,7 @@ def test_what_is_refused_before_training(recipe, options, message, file, tmp_pat
 
 def test_correlations_must_differ(tmp_path, capsys, curves):
     message = refused(["mmoe-synthetic", "--out", str(tmp_path), "--correlations", "0.9", "0.9"], capsys)
-    assert "correlations must differ from each other" in message
+    assert "correlations must differ as they are printed here; got 0.9, 0.9" in message
     assert not curves
 
 

@@ -1,5 +1,7 @@
 """The synthetic tasks: their formula, and what is trained and evaluated on which rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,14 +99,18 @@ def test_held_out_rows_are_never_trained_on(monkeypatch):
 
 def test_the_seed_sets_weights_and_rows(monkeypatch):
     recorded = Recorded(monkeypatch)
-    problem = make_problem(0.5, 0, SMALL)
-    for sharing, seed in (("mmoe", 0), ("mmoe", 1), ("shared_bottom", 0)):
-        fit_synthetic(problem, sharing, seed, 1e-3, SMALL)
+    problem, fewer = make_problem(0.5, 0, SMALL), replace(SMALL, eval_rows=16)
+    for sharing, seed, options in (
+        ("mmoe", 0, SMALL), ("mmoe", 1, SMALL), ("shared_bottom", 0, SMALL), ("mmoe", 0, fewer)
+    ):  # fmt: skip
+        fit_synthetic(problem, sharing, seed, 1e-3, options)
     assert not torch.equal(recorded.weights[0], recorded.weights[1])
     per_fit = 1 + SMALL.steps
-    first, other_seed, other_model = (recorded.drawn[place * per_fit][0] for place in range(3))
-    assert torch.equal(first, other_model)
-    assert not torch.equal(first, other_seed)
+    for place in range(per_fit):  # held-out rows, then each step's
+        first, other_seed, other_model, fewer_held_out = (x_TD for x_TD, _ in recorded.drawn[place::per_fit])
+        assert torch.equal(first, other_model)
+        assert not torch.equal(first, other_seed)
+        assert place == 0 or torch.equal(first, fewer_held_out)
 
 
 def test_a_step_follows_the_loss_of_both_tasks(monkeypatch):
