@@ -180,6 +180,11 @@ def test_a_checkpoint_has_the_matrix_under_both_names_or_that_of_the_embedding()
         assert torch.equal(model(tokens)[0], source(tokens)[0])
 
 
+def test_a_checkpoint_may_be_on_the_meta_device():
+    with torch.device("meta"):
+        assert is_tied(assign(gpt()))
+
+
 def test_an_untied_checkpoint_is_refused_by_a_tied_model_and_the_model_stays_as_it_was():
     model, untied = gpt(), gpt(tied=False)
     before = copy.deepcopy(model.state_dict())
