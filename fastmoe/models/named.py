@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,33 +52,26 @@ LARGEST = 100 * 10**9
 """Parameters of what `build` makes on a device: 400 GB in float32."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """A row of the table."""
-
-    config: Config
-
-
-def with_experts(config: Config, num_experts: int) -> Named:
+def with_experts(config: Config, num_experts: int) -> Config:
     """A config's MoE twin: `num_experts` experts, top 2, each half as wide."""
-    return Named(dataclasses.replace(config, num_experts=num_experts, top_k=2))
+    return dataclasses.replace(config, num_experts=num_experts, top_k=2)
 
 
-NAMED: dict[str, Named] = {
-    "txl-enwik8-base": Named(TXL_BASE),
+NAMED: dict[str, Config] = {
+    "txl-enwik8-base": TXL_BASE,
     "txl-enwik8-base-moe64": with_experts(TXL_BASE, 64),
-    "txl-tiny": Named(TXL_TINY),
+    "txl-tiny": TXL_TINY,
     "txl-tiny-moe": with_experts(TXL_TINY, 16),
-    "gpt-small": Named(GPT_SMALL),
+    "gpt-small": GPT_SMALL,
     "gpt-small-moe96": with_experts(GPT_SMALL, 96),
-    "gpt-tiny": Named(GPT_TINY),
+    "gpt-tiny": GPT_TINY,
     "gpt-tiny-moe": with_experts(GPT_TINY, 16),
-    "lstm-dense": Named(LSTM_BASE),
+    "lstm-dense": LSTM_BASE,
     "lstm-moe512": with_experts(LSTM_BASE, 512),
-    "lstm-tiny": Named(LSTM_TINY),
+    "lstm-tiny": LSTM_TINY,
     "lstm-tiny-moe": with_experts(LSTM_TINY, 16),
-    "switch-c": Named(SWITCH_C),
-    "gshard-600b": Named(GSHARD_600B),
+    "switch-c": SWITCH_C,
+    "gshard-600b": GSHARD_600B,
 }
 
 
@@ -91,7 +83,7 @@ def named_config(name: str, **changes: Any) -> Config:
     """
     if name not in NAMED:
         raise unknown_name("model", name, NAMED)
-    config = NAMED[name].config
+    config = NAMED[name]
     known = [field.name for field in dataclasses.fields(config)]
     for field in changes:
         if field not in known:

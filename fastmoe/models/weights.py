@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastmoe.routers import Router
-
-if TYPE_CHECKING:
-    from fastmoe.models.gpt import GPT
 
 RESIDUAL_OUTPUTS = ("c_proj.weight", "experts.w2", "shared.w2.weight")
 BIASES = ("bias", "b1", "b2")
@@ -46,13 +43,13 @@ def _restart(router: Router) -> None:
         parameter.copy_(value)
 
 
-def tie(model: GPT, *_: object) -> None:
-    """Where the config says so, the head's matrix is the embedding's."""
+def tie(model: Any, *_: object) -> None:
+    """Where the config of a GPT says so, its head's matrix is its embedding's."""
     if model.config.tied:
         model.head.weight = model.token_embedding.weight
 
 
-def accept_one_matrix(model: GPT, state: dict[str, Any], prefix: str, *_: object) -> None:
+def accept_one_matrix(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """A tied model loads the one matrix under both its names, or under the embedding's alone.
 
     Raises:

@@ -61,7 +61,7 @@ def named_shape(name: str, segment: int | None = None, init_scale: float = 1.0) 
     Args:
         segment: block_size of a model whose config has none.
     """
-    config = NAMED[name].config
+    config = NAMED[name]
     (arch,) = (arch for arch, kind in CONFIGS.items() if type(config) is kind)
     given, default = dataclasses.asdict(config), dataclasses.asdict(CONFIGS[arch]())
     flags = {flag: given[flag] for flag in ("block_size", "d_hidden", *SHAPE) if flag in given}
@@ -71,7 +71,7 @@ def named_shape(name: str, segment: int | None = None, init_scale: float = 1.0) 
 
 
 def named_experts(name: str) -> MoEConfig:
-    config = NAMED[name].config
+    config = NAMED[name]
     return MoEConfig(config.num_experts, config.top_k, config.expert_hidden, config.router, config.router_options or {})
 
 

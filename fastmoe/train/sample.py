@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmoe._seeds import mix
-from fastmoe.models.gpt import GPT, sample
+from fastmoe.models.gpt import GPT
+from fastmoe.models.sampling import sample
 from fastmoe.train.trainer import Trainer
 
 TEMPERATURE, TOP_K = 0.8, 40

@@ -50,7 +50,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_the_published_ones(name):
-    config = NAMED[name].config
+    config = NAMED[name]
     assert {field: getattr(config, field) for field in PUBLISHED[name]} == PUBLISHED[name]
 
 
@@ -62,7 +62,7 @@ def test_all_that_is_not_tiny_is_published():
 def test_every_name_builds_without_memory(name):
     model = build(name, device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert bool(fastmoe.moe_layers(model)) == bool(NAMED[name].config.num_experts)
+    assert bool(fastmoe.moe_layers(model)) == bool(NAMED[name].num_experts)
 
 
 def test_transformer_xl_with_64_experts_has_20_times_the_parameters_and_the_same_active_ones():

@@ -59,7 +59,7 @@ def test_twins_cost_the_same_but_for_the_router(twins):
 @pytest.mark.parametrize("name", RECIPES)
 def test_models_are_those_of_the_table_of_models(name):
     """But for the vocabulary, which is of bytes here."""
-    known, ours = NAMED[name].config, recipe(name)
+    known, ours = NAMED[name], recipe(name)
     assert model_config(ours.model) == dataclasses.replace(
         known, num_experts=0, vocab_size=256, d_hidden=ours.model.dense_hidden
     )
