@@ -105,7 +105,7 @@ def measure(name: str, given: argparse.Namespace) -> dict:
         config = side["details"]["config"]
         config["data"] |= {key: Path(config["data"][key]).name for key in FILES}
         config["run"]["out"] = None
-    return {"machine": machine(), "commit": commit(), "threads": 1, "seeds": given.seeds, **found}
+    return found
 
 
 def commit() -> str:
@@ -121,9 +121,11 @@ def write(given: argparse.Namespace) -> None:
     for recipe in sorted({recipe for name in sections for recipe in RECIPES[name]}):
         check_finished(recipe, given)
     IMAGES.mkdir(parents=True, exist_ok=True)
+    # before the pictures change the checkout
+    where = {"machine": machine(), "commit": commit(), "threads": 1, "seeds": given.seeds}
     written = json.loads(RESULTS.read_text()) if given.only and RESULTS.is_file() else {}
     for name in sections:
-        written[name] = measure(name, given)
+        written[name] = where | measure(name, given)
         RESULTS.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
 
 
