@@ -5,9 +5,9 @@
     python benchmarks/txl_gpu.py --data a.txt --valid b.txt --dry --out FOLDER    # txl-tiny, seconds on a CPU
 
 It needs torch alone; the picture also matplotlib. The two take turns of 20 steps, so that whatever else the machine
-does slows both. Batches and optimizer are the recipe's, the learning rate constant after warm-up, as the number of
-steps is not known beforehand. Writes OUT/txl_gpu.json and OUT/txl_gpu.png. Target: a step of the MoE takes at most 1.5
-times the dense one's.
+does slows both. Batches and optimizer are the recipe's, the learning rate constant after 200 steps of warm-up, as
+the number of steps is not known beforehand. Writes OUT/txl_gpu.json and OUT/txl_gpu.png. Target: a step of the MoE
+takes at most 1.5 times the dense one's.
 """
 
 import argparse

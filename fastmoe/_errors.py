@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
@@ -15,14 +16,14 @@ def unknown_name(kind: str, got: object, known: Iterable[str]) -> ValueError:
 
 def check_int(name: str, value: object, minimum: int) -> int:
     """`value` if it is a whole number of at least `minimum`, else a `ValueError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be a whole number >= {minimum}, got {value!r}")
-    return value
+    return int(value)
 
 
 def check_number(name: str, value: object, minimum: float = 0.0) -> float:
     """`value` as a float if it is a finite number of at least `minimum`, else a `ValueError`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not minimum <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not minimum <= float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number >= {minimum:g}, got {value!r}")
     return float(value)
 

@@ -32,8 +32,8 @@ def _left_out(config: object, name: str) -> bool:
 
 def check_tokens(tokens_BS: Tensor, targets_BS: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Both as int64."""
-    if not _are_ids(tokens_BS) or tokens_BS.dim() != 2 or not tokens_BS.numel():
-        raise ValueError(f"tokens must be int64 or int32 of shape (B, S), at least one; got {described(tokens_BS)}")
+    if not _are_ids(tokens_BS) or tokens_BS.dim() != 2 or not tokens_BS.shape[1]:
+        raise ValueError(f"tokens must be int64 or int32 of shape (B, S), S at least 1; got {described(tokens_BS)}")
     if targets_BS is None:
         return tokens_BS.long(), None
     if not _are_ids(targets_BS) or targets_BS.shape != tokens_BS.shape:

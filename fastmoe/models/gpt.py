@@ -25,7 +25,7 @@ from fastmoe.models.checks import check_dropouts, check_sizes, check_tokens
 from fastmoe.models.common import ExpertOptions, evaluation_mode, put_experts, tokens_go_alone
 from fastmoe.models.sampling import sample
 from fastmoe.models.vocabulary import cross_entropy
-from fastmoe.models.weights import accept_one_matrix, draw_weights, tie
+from fastmoe.models.weights import accept_one_matrix, draw_weights, is_tied, tie, tie_again
 
 INIT_STD = 0.02
 
@@ -115,17 +115,19 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        tie(self)
         if config.tied:
+            tie(self)
             self.register_load_state_dict_pre_hook(accept_one_matrix)
-            self.register_load_state_dict_post_hook(tie)
+            self.register_load_state_dict_post_hook(tie_again)
         put_experts(self, self.blocks, config, config.hidden_width, config.vocab_size)
         self.init_weights()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT:
         """`Module.to`, `to_empty` and the like, which make two matrices of one where they make new ones."""
+        tied = is_tied(self)
         super()._apply(fn, recurse)
-        tie(self)
+        if tied:
+            tie(self)
         return self
 
     def init_weights(self) -> None:

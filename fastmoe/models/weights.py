@@ -18,7 +18,7 @@ def draw_weights(model: nn.Module, std: float, residual_std: float) -> None:
     """Draw every matrix from N(0, std), what writes into the residual stream from N(0, residual_std); biases are 0.
 
     Experts included. Norms start at one; a router that has a start of its own (`own_init`) at that. An LSTM keeps its
-    values, and so does a vector of a module that is not known here.
+    values, and so does a vector, but no matrix, of a module that is not known here.
     """
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
@@ -43,21 +43,31 @@ def _restart(router: Router) -> None:
         parameter.copy_(value)
 
 
-def tie(model: Any, *_: object) -> None:
-    """Where the config of a GPT says so, its head's matrix is its embedding's."""
-    if model.config.tied:
-        model.head.weight = model.token_embedding.weight
+def is_tied(model: Any) -> bool:
+    """Whether a GPT's head has its embedding's matrix; a head that was replaced, pruned or quantized has not."""
+    return getattr(model.head, "weight", None) is model.token_embedding.weight
 
 
-def accept_one_matrix(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+def tie(model: Any) -> None:
+    model.head.weight = model.token_embedding.weight
+
+
+def accept_one_matrix(model: Any, state: dict[str, Any], prefix: str, *_: object) -> None:
     """A tied model loads the one matrix under both its names, or under the embedding's alone.
 
     Raises:
         ValueError: the two are not equal, as those of an untied model.
     """
+    model.tied_before_load = is_tied(model)
     embedding, head = f"{prefix}token_embedding.weight", f"{prefix}head.weight"
-    if embedding not in state:
+    if not model.tied_before_load or embedding not in state:
         return
     head_VD = state.setdefault(head, state[embedding])
-    if not head_VD.is_meta and not torch.equal(head_VD, state[embedding]):
+    if not head_VD.is_meta and not torch.equal(head_VD.nan_to_num(), state[embedding].nan_to_num()):
         raise ValueError(f"tied=True wants one matrix for embedding and head; got {embedding} and {head} that differ")
+
+
+def tie_again(model: Any, *_: object) -> None:
+    """`load_state_dict(assign=True)` makes two matrices of one."""
+    if model.tied_before_load:
+        tie(model)

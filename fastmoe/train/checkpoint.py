@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastmoe.parallel import CollectiveError
-from fastmoe.parallel.checkpoint_folder import CheckpointFolder, remove
+from fastmoe.parallel.checkpoint_folder import CheckpointFolder, remove, sync_folder
 from fastmoe.parallel.checkpoint_read import open_checkpoint
 from fastmoe.parallel.checkpoint_together import Together
 
@@ -110,3 +110,4 @@ def take_memory(path: Path) -> None:
     """Move the memory into its checkpoint."""
     if memory_beside(path).exists():
         memory_beside(path).rename(path / "memory")
+        sync_folder(path)

@@ -60,8 +60,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     values = read_toml(given.config) if given.config else {}
     name = given.preset or values.get("preset", "small")
     named = given.recipe or values.get("recipe")
-    if not isinstance(named, str | None):
-        raise ValueError(f"recipe must be a name; got {named!r}")
+    for key, value in (("preset", name), ("recipe", named)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{key} must be a name; got {value!r}")
     if named in TABULAR:
         raise ValueError(f"recipe {named!r} has options of its own and no file: fastmoe train --recipe {named} --help")
     if named and (given.preset or "preset" in values):
@@ -78,7 +79,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     config = TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
-    options = base.model.model_options | config.model.model_options
+    inherited, options = base.model.model_options, config.model.model_options
+    if config.model.arch == base.model.arch:
+        options = inherited | options
+    else:
+        options = {key: value for key, value in options.items() if inherited.get(key) != value}
     return replace(config, model=replace(config.model, model_options=options))
 
 

@@ -102,7 +102,7 @@ def check_same_evaluation(run: RunCurve, other: RunCurve) -> None:
     if has_memory(run) != has_memory(other) and run.config["data"]["eval_sequences"]:
         raise ValueError(
             f"{run.path} and {other.path} were evaluated on other bytes, since one model has memory and one has none: "
-            "train both with --eval-sequences 0, which is all of them"
+            "train both with --eval-sequences 0, which leaves out less than block_size of them"
         )
 
 

@@ -7,6 +7,7 @@ there, and moved into it after, so that a checkpoint has its memory at every mom
 
 from __future__ import annotations
 
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastmoe.parallel.checkpoint_folder import sync_folder
 from fastmoe.train.batches import Share
 from fastmoe.train.checkpoint import memory_beside
 
@@ -42,7 +44,11 @@ class Memories:
             return
         memory_beside(checkpoint).mkdir(parents=True, exist_ok=True)
         for micro_step, value in enumerate(self.values):
-            torch.save(value, memory_beside(checkpoint) / file_name(micro_step * self.processes + self.rank))
+            with (memory_beside(checkpoint) / file_name(micro_step * self.processes + self.rank)).open("wb") as file:
+                torch.save(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(memory_beside(checkpoint))
 
     def restore(self, checkpoint: Path, parts: int, device: torch.device) -> None:
         """What all processes wrote in so many parts, cut for these micro-steps and processes.

@@ -61,7 +61,7 @@ def merge(config: Section, values: Mapping[str, Any], where: str = "config") -> 
             changes[key] = merge(known[key], value, f"{where} [{key}]")
         else:
             changes[key] = convert(value, hints[key], f"{where}: {key}")
-            if key == "model_options":
+            if key == "model_options" and values.get("arch", known["arch"]) == known["arch"]:
                 changes[key] = known[key] | changes[key]
     return replace(config, **changes)  # type: ignore[type-var]
 

@@ -59,9 +59,9 @@ def check_folder(run: RunConfig, kinds: tuple[Kind, ...]) -> None:
     results = run.out / "results.json"
     try:
         earlier = tuple(json.loads(results.read_text(encoding="utf-8"))["histories"])
-    except (OSError, ValueError, KeyError):  # there are none, or a killed run's
+    except (OSError, ValueError, KeyError, TypeError):  # there are none, or a killed run's
         return
-    if earlier != kinds and not run.overwrite:
+    if set(earlier) - set(kinds) and not run.overwrite:
         raise ValueError(
             f"{results} is of a run of {' and '.join(earlier)}, this one is of {' and '.join(kinds)}: "
             "give another --out, or --overwrite"

@@ -23,7 +23,7 @@ TOKENS = random_tokens(2, 5)
     ],
 )
 def test_tokens_are_whole_numbers_in_two_dimensions(make, tokens, got):
-    with pytest.raises(ValueError, match=rf"tokens must be int64 or int32 of shape \(B, S\), at least one; got {got}"):
+    with pytest.raises(ValueError, match=rf"tokens must be int64 or int32 of shape \(B, S\), S at least 1; got {got}"):
         make()(tokens)
 
 

@@ -42,7 +42,7 @@ def test_extreme_temperatures_give_numbers(temperature):
         ({"temperature": 1e-40}, "temperature must be 0 or at least 1e-06, got 1e-40"),
         *[({"top_k": bad}, f"top_k must be a whole number >= 1, got {bad}") for bad in (0, -1, 1.5)],
         ({"n": -1}, "n must be a whole number >= 0, got -1"),
-        ({"tokens_BS": PROMPT[:, :0]}, "at least one; got int64 of shape"),
+        ({"tokens_BS": PROMPT[:, :0]}, "S at least 1; got int64 of shape"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_the_model_stays_in_training(options, message):

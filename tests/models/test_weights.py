@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_models import MAKERS, gpt, lstm, random_tokens, xl
 from torch import nn
+from torch.nn.utils import prune
 
 import fastmoe
-from fastmoe.models import NAMED, build
+from fastmoe.models import GPT, NAMED, GPTConfig, build
 from fastmoe.models.weights import draw_weights
 
 TINY = [name for name in NAMED if "tiny" in name]
@@ -206,3 +207,41 @@ def test_a_tied_model_is_saved_and_loaded_with_its_optimizer(tmp_path):
     fastmoe.load(other, torch.optim.AdamW(other.parameters()), tmp_path / "saved")
     assert is_tied(other)
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+def small_gpt(**given):
+    return GPT(GPTConfig(vocab_size=32, block_size=8, n_layer=1, n_head=2, d_model=16, **given))
+
+
+@pytest.mark.parametrize(
+    "again", [lambda model: model.double(), lambda model: load_own_state(model)], ids=["to", "load"]
+)
+@pytest.mark.parametrize("head", [nn.Linear(16, 3, bias=False), nn.Linear(16, 32, bias=False), nn.Identity()])
+def test_a_head_of_ones_own_stays(head, again):
+    model = small_gpt()
+    model.head = copy.deepcopy(head)
+    model = again(model)
+    assert model.head.state_dict().keys() == head.state_dict().keys()
+    assert getattr(model.head, "weight", None) is not model.token_embedding.weight
+    assert model(torch.zeros(1, 4, dtype=torch.int64))[0].shape[-1] == getattr(head, "out_features", 16)
+
+
+def load_own_state(model):
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    return model
+
+
+def test_a_pruned_head_stays_pruned():
+    model = small_gpt()
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    model.to("cpu")
+    assert (model.head.weight == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_weights_that_are_no_numbers_load():
+    model = small_gpt()
+    with torch.no_grad():
+        model.token_embedding.weight[3, 2] = float("nan")
+    other = load_own_state(model)
+    assert other.token_embedding.weight[3, 2].isnan()
+    assert other.head.weight is other.token_embedding.weight

@@ -1,5 +1,8 @@
 """Memory over steps, checkpoints and resumed runs."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_run import LSTM, change, make_trainer
@@ -113,12 +116,23 @@ def test_a_kill_while_memory_is_written_leaves_the_checkpoint_before(remembering
     first = make_trainer(remembering)
     assert not train([first], [], lambda: first.step == 4)
     first.take_step()
-    monkeypatch.setattr(torch, "save", lambda value, path: path.write_bytes(b"half") and 1 / 0)
+    monkeypatch.setattr(torch, "save", lambda value, file: file.write(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         first.save()
     second = make_trainer(remembering)
     checkpoint.newest(second.folder, second.restore)
     assert second.step == 4
+
+
+def test_memory_is_on_the_disk_before_its_checkpoint(remembering, monkeypatch):
+    trainer = make_trainer(remembering)
+    trainer.take_step()
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")) or sync(number)
+    )
+    trainer.memory.save(trainer.folder / "step-00000001")
+    assert [Path(path).name for path in synced] == ["0.pt", "1.pt", "step-00000001.memory"]
 
 
 def test_other_micro_steps_take_over_the_memory(remembering):

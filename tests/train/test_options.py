@@ -40,6 +40,16 @@ def test_options_of_the_model_go_over_one_by_one(toml):
     assert config.model.model_options == {"memory_length": 32, "pre_norm": False, "clamp_distance": 9}
 
 
+def test_options_of_another_model_are_left_behind(toml):
+    shape = ["--arch", "lstm", "--n-layer", "6", "--n-head", "6"]
+    assert parse(["--recipe", "txl-tiny", *shape]).model.model_options == {}
+    assert parse(["--recipe", "txl-tiny", *shape, "--model-options", "layers_after=2"]).model.model_options == {
+        "layers_after": 2
+    }
+    path = toml('recipe = "txl-tiny"\n[model]\narch = "gpt"\nmodel_options = {norm = "rms"}\n')
+    assert parse(["--config", path]).model.model_options == {"norm": "rms"}
+
+
 def test_a_preset_flag_goes_over_that_of_the_file(toml):
     assert parse(["--config", toml('preset = "demo"'), "--preset", "small"]) == PRESETS["small"]
 
@@ -68,6 +78,7 @@ def test_flags_of_all_sections():
         ("[data]\neval_sequences = -1", "eval_sequences must be at least 0; got -1"),
         ("[model]\ninit_scale = 0", "init_scale must be a finite number above 0; got 0"),
         ("[model]\ninit_scale = nan", "init_scale must be a finite number above 0; got nan"),
+        ('preset = ["a"]', r"preset must be a name; got \['a'\]"),
         ('recipe = ["a"]', r"recipe must be a name; got \['a'\]"),
         ('recipe = "mmoe-census"', "'mmoe-census' has options of its own and no file: fastmoe train --recipe"),
         ('preset = "dem"', "unknown preset 'dem'. Did you mean 'demo'"),

@@ -104,12 +104,19 @@ def test_results_of_another_model_are_not_written_over_in_silence(tiny, capsys):
     assert list(json.loads((tiny.run.out / "results.json").read_text())["histories"]) == ["moe"]
 
 
-def test_results_that_a_kill_cut_off_are_written_again(tiny):
+@pytest.mark.parametrize("content", ['{"machine": {', "[]", '{"histories": null}'])
+def test_results_that_a_kill_cut_off_are_written_again(tiny, content):
     assert main([*as_flags(tiny), "--mode", "dense"]) == 0
     results = tiny.run.out / "results.json"
-    results.write_text(results.read_text()[:100])
+    results.write_text(content)
     assert main([*as_flags(tiny), "--mode", "dense", "--resume"]) == 0
     assert json.loads(results.read_text())["results"]["dense"]["steps"] == 12
+
+
+def test_a_run_of_one_model_goes_on_as_one_of_two(tiny):
+    assert main([*as_flags(tiny), "--mode", "dense"]) == 0
+    assert main([*as_flags(tiny), "--mode", "compare", "--resume"]) == 0
+    assert list(json.loads((tiny.run.out / "results.json").read_text())["histories"]) == ["dense", "moe"]
 
 
 def test_out_must_be_a_folder(tiny, tmp_path, capsys):
